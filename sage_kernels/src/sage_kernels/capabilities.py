@@ -1,0 +1,57 @@
+"""What each device of this machine can run, and why not the rest."""
+
+from dataclasses import dataclass
+
+import torch
+
+from sage_kernels.architectures import device_architecture
+from sage_kernels.dispatch import Refusal
+from sage_kernels.kernels import KERNELS
+from sage_kernels.precision import DESCRIPTIONS, PRECISIONS, Precision
+
+
+@dataclass(frozen=True)
+class DeviceCapabilities:
+    """One device.
+
+    Attributes:
+        device: as torch writes it, such as cuda:0.
+        name: the product.
+        architecture: such as sm_120, or None where there is no CUDA GPU.
+        precisions: what attention() runs there natively, fastest first.
+        refusals: what it doesn't, and why.
+    """
+
+    device: str
+    name: str
+    architecture: str | None
+    precisions: tuple[Precision, ...]
+    refusals: tuple[Refusal, ...]
+
+
+def capabilities() -> list[DeviceCapabilities]:
+    """Every device of this machine, GPUs first, with what each can run and why not the rest."""
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [_describe(device) for device in (*devices, torch.device("cpu"))]
+
+
+def _describe(device: torch.device) -> DeviceCapabilities:
+    architecture = device_architecture(device)
+    built = {kernel.precision for kernel in KERNELS if not kernel.emulated}
+    precisions: list[Precision] = []
+    refusals: list[Refusal] = []
+    for precision in PRECISIONS[1:]:
+        if precision == "fp16":
+            precisions.append(precision)
+        elif architecture is None:
+            refusals.append(Refusal(precision, "needs a CUDA GPU"))
+        elif precision not in architecture.runnable:
+            refusals.append(Refusal(precision, f"{architecture.name} {architecture.refusals[precision]}"))
+        elif precision not in built:
+            refusals.append(Refusal(precision, f"this version has no kernel yet for {DESCRIPTIONS[precision]}"))
+        else:
+            precisions.append(precision)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return DeviceCapabilities(
+        str(device), name, architecture.name if architecture else None, tuple(precisions), tuple(refusals)
+    )

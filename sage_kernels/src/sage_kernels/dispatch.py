@@ -1,0 +1,90 @@
+"""Choice of the kernel for one call, with the reason of every kernel that was passed over."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sage_kernels.architectures import Architecture, device_architecture
+from sage_kernels.attention_call import AttentionCall
+from sage_kernels.kernels import KERNELS
+from sage_kernels.kernels.interface import Kernel
+from sage_kernels.precision import DESCRIPTIONS, PRECISIONS, Precision
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a kernel, or a whole precision where `kernel` names one, was passed over."""
+
+    kernel: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What attention() does with a call.
+
+    Attributes:
+        kernel: name of the kernel, or None when none can do what was asked.
+        precision: the precision that the kernel computes in, or None.
+        refusals: in order of preference, what was passed over and why.
+    """
+
+    kernel: str | None
+    precision: Precision | None
+    refusals: tuple[Refusal, ...]
+
+    def __str__(self) -> str:
+        lines = [f"kernel: {self.kernel or 'none'}" + (f" ({self.precision})" if self.precision else "")]
+        return "\n".join(lines + [f"  not {refusal}" for refusal in self.refusals])
+
+
+class UnsupportedAttention(RuntimeError):
+    """No kernel can do the call at the precision that was asked for. Carries the Decision."""
+
+    def __init__(self, decision: Decision, precision: Precision) -> None:
+        self.decision = decision
+        reasons = "; ".join(str(refusal) for refusal in decision.refusals)
+        super().__init__(
+            f"attention with precision={precision!r} can't run here: {reasons}. "
+            "Use precision='auto' for the best that can, or allow_emulation=True to compute it slowly."
+        )
+
+
+def decide(call: AttentionCall, kernels: Sequence[Kernel] = KERNELS) -> Decision:
+    """Choose the kernel for `call`. Never raises, never launches anything, never synchronises.
+
+    Emulation is slow, so "auto", which asks for the fastest, never chooses it.
+    """
+    architecture = device_architecture(call.device)
+    refusals: list[Refusal] = []
+    for precision in [call.precision] if call.precision != "auto" else PRECISIONS[1:]:
+        candidates = [kernel for kernel in kernels if kernel.precision == precision]
+        reason = _precision_refusal(precision, call, architecture, candidates)
+        if reason is not None:
+            refusals.append(Refusal(precision, reason))
+            candidates = [kernel for kernel in candidates if kernel.emulated]
+        for kernel in candidates:
+            if kernel.emulated and call.precision == "auto":
+                continue
+            reason = kernel.refuse(call, architecture)
+            if reason is None:
+                return Decision(kernel.name, precision, tuple(refusals))
+            refusals.append(Refusal(kernel.name, reason))
+    return Decision(None, None, tuple(refusals))
+
+
+def _precision_refusal(
+    precision: Precision, call: AttentionCall, architecture: Architecture | None, candidates: Sequence[Kernel]
+) -> str | None:
+    """Why no native kernel can serve a whole precision here, or None."""
+    if precision == "fp16":
+        return None
+    if architecture is None:
+        return f"needs a CUDA GPU, and the tensors are on {call.device}"
+    if precision not in architecture.runnable:
+        return f"{architecture.name} ({architecture.products}) {architecture.refusals[precision]}"
+    if all(kernel.emulated for kernel in candidates):
+        return f"this version has no kernel yet for {DESCRIPTIONS[precision]}"
+    return None

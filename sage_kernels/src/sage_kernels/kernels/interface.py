@@ -1,0 +1,37 @@
+"""What a kernel file provides."""
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from sage_kernels.architectures import Architecture
+from sage_kernels.attention_call import AttentionCall
+from sage_kernels.precision import Precision
+
+
+class Kernel(Protocol):
+    """One way to compute attention at one precision."""
+
+    @property
+    def name(self) -> str:
+        """Unique; what explain() and the coverage counts show."""
+
+    @property
+    def precision(self) -> Precision:
+        """The rung that it serves."""
+
+    @property
+    def emulated(self) -> bool:
+        """Whether it is a slow stand-in that a caller must ask for (allow_emulation)."""
+
+    def refuse(self, call: AttentionCall, architecture: Architecture | None) -> str | None:
+        """Why this kernel can't do the call, in plain words, or None when it can. Cheap: no launch, no sync.
+
+        architecture is None on devices that are no CUDA GPU.
+        """
+
+    def prepare(self, call: AttentionCall) -> Any:
+        """Quantise. The result must not hold the caller's key and value where the kernel doesn't need them."""
+
+    def run(self, state: Any) -> tuple[Tensor, Tensor | None]:
+        """Output [B, H, Nq, D] in the query's dtype, and LSE float32 [B, H, Nq] where the call wants it."""

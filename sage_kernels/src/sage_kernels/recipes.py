@@ -1,0 +1,46 @@
+"""What each precision means: which operand in which format, and what is subtracted before quantising."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sage_kernels.precision import Precision
+
+QKFormat = Literal["nvfp4", "mxfp8", "int8", "none"]
+PVFormat = Literal["nvfp4", "fp8", "fp16", "none"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Formats and smoothing of one quantised attention.
+
+    Attributes:
+        qk: format of Q and K along head_dim.
+        pv: format of P and V along the tokens.
+        smooth_q_rows: query rows that share a subtracted mean (SageAttention3's smooth Q); 0 subtracts nothing.
+        smooth_k: subtract the mean key of each head.
+        smooth_v: subtract the mean value of each head and add it back to the output; exact, since rows of P sum to one.
+        key_block: keys that one step of the online softmax takes.
+        rescale_threshold: the output is rescaled only when the row maximum has grown by more than this many powers of
+            two; P is stretched that much less, to keep headroom.
+        int8_rows: query rows and key rows that share an INT8 scale.
+    """
+
+    qk: QKFormat
+    pv: PVFormat
+    smooth_q_rows: int = 0
+    smooth_k: bool = True
+    smooth_v: bool = False
+    key_block: int = 128
+    rescale_threshold: float = 0.0
+    int8_rows: tuple[int, int] = (32, 64)
+
+
+EXACT = Recipe(qk="none", pv="none", smooth_k=False, key_block=512)
+SAGE_ATTENTION_3 = Recipe(qk="nvfp4", pv="nvfp4", smooth_q_rows=128)
+
+RECIPES: dict[Precision, Recipe] = {
+    "fp4": Recipe(qk="nvfp4", pv="nvfp4", smooth_q_rows=128, smooth_v=True),
+    "fp8_fp4": Recipe(qk="mxfp8", pv="nvfp4", smooth_q_rows=128, smooth_v=True),
+    "int8": Recipe(qk="int8", pv="fp8", smooth_v=True, key_block=64),
+    "int8_fp16": Recipe(qk="int8", pv="fp16", key_block=64),
+}

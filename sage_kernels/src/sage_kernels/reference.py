@@ -1,0 +1,278 @@
+"""Attention in plain PyTorch, exact and quantised: the definition that every kernel is tested against.
+
+The quantised form follows SageAttention3 (sections 3.1 to 3.3, algorithm 1), corrected where the public kernel departs
+from it: P is divided by the *rounded* scale, and the row sum is that of the quantised P, so that weights sum to one.
+Works on tiles with an online softmax, as the kernels do, so memory is bounded at any length.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sage_kernels.formats import E2M1_MAX, E4M3_MAX, MXFP8_GROUP, NVFP4_GROUP, round_to_e4m3
+from sage_kernels.formats.fp8_e4m3 import dequantize_fp8, quantize_fp8
+from sage_kernels.formats.grouping import group_absmax, pad_last_axis, split_last_axis
+from sage_kernels.formats.int8 import dequantize_int8, quantize_int8
+from sage_kernels.formats.mxfp8 import dequantize_mxfp8, quantize_mxfp8
+from sage_kernels.formats.nvfp4 import quantize_groups
+from sage_kernels.recipes import EXACT, PVFormat, QKFormat, Recipe
+from sage_kernels.score_mask import ScoreMask, valid_tokens
+
+_TILE_ELEMENTS = 1 << 20  # scores held at once: a tile and its temporaries stay in a CPU's cache
+_P_MAX: dict[PVFormat, float] = {"nvfp4": E4M3_MAX * E2M1_MAX, "fp8": E4M3_MAX, "fp16": 1.0, "none": 1.0}
+_TOKEN_PADDING = NVFP4_GROUP
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedOperands:
+    """Q, K and V after smoothing, quantising and dequantising, in float32, with what puts the smoothing back.
+
+    Attributes:
+        query: [B, H, Nq, D].
+        key: [B, Hkv, Nk', D], tokens padded with zeros to a multiple of 16.
+        value: [B, Hkv, Nk', D].
+        query_means: [B, H, ceil(Nq / smooth_q_rows), D], or None.
+        smooth_key: the unquantised smoothed key that query_means meet, or None.
+        lse_shift: [B, H, Nq], the scores q . mean(k) that smoothing K took from every row (without the softmax scale).
+        value_mean: [B, Hkv, 1, D], or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    query_means: Tensor | None
+    smooth_key: Tensor | None
+    lse_shift: Tensor | None
+    value_mean: Tensor | None
+
+
+def power_of_two_scale(x: Tensor) -> Tensor:
+    """The power of two, [B, H, 1, 1], that brings each head's largest magnitude into (672, 1344].
+
+    E4M3 group scales reach 448 * 6 = 2688; half of it is left free because subtracting a mean can double a magnitude.
+    A head of zeros, or one with a NaN or an infinity, gets 1.
+    """
+    absmax = group_absmax(x.float().flatten(-2)).unsqueeze(-1)
+    usable = absmax > 0
+    mantissa, exponent = torch.frexp(torch.where(usable, absmax, 1.0))
+    top = 11 - (mantissa > 1344 / 2048).int()  # 1344 = 0.65625 * 2^11
+    return torch.where(usable, torch.ldexp(torch.ones_like(mantissa), top - exponent), 1.0)
+
+
+def _head_scale(x: Tensor, needed: bool) -> Tensor:
+    return power_of_two_scale(x) if needed else x.new_ones(())
+
+
+def attention_fp32(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Exact attention in float32 with bounded memory.
+
+    Args:
+        q: [B, H, Nq, D]. k, v: [B, Hkv, Nk, D] with H a multiple of Hkv.
+        attn_mask, is_causal, scale, key_lengths: as in `sage_kernels.attention`.
+
+    Returns:
+        output float32 [B, H, Nq, D] and natural-log LSE float32 [B, H, Nq]. Fully masked rows give 0 and -inf.
+    """
+    return quantized_attention(
+        q, k, v, EXACT, attn_mask=attn_mask, is_causal=is_causal, scale=scale, key_lengths=key_lengths
+    )
+
+
+def quantized_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    recipe: Recipe,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention with the operands of `recipe`; arguments and results as `attention_fp32`."""
+    mask = ScoreMask(attn_mask, is_causal, key_lengths, k.shape[2])
+    operands = quantize_operands(q, k, v, recipe, key_lengths=key_lengths)
+    return attend(operands, mask, recipe, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def quantize_operands(
+    q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, *, key_lengths: Tensor | None = None
+) -> QuantizedOperands:
+    """Smooth and quantise Q, K and V (SageAttention3, section 3.1 and algorithm 1, lines 1 to 3)."""
+    q, k, v = q.float(), k.float(), v.float()
+    if key_lengths is not None:
+        valid = valid_tokens(key_lengths, k.shape[2])
+        k, v = k.where(valid, 0.0), v.where(valid, 0.0)
+    query_scale, key_scale = _head_scale(q, recipe.qk == "nvfp4"), _head_scale(k, recipe.qk == "nvfp4")
+
+    lse_shift = None
+    if recipe.smooth_k:
+        key_mean = _token_mean(k, key_lengths)
+        lse_shift = _grouped_matmul(q, key_mean.transpose(-1, -2)).squeeze(-1)
+        k = _subtract_from_tokens(k, key_mean, key_lengths)
+    k = _pad_tokens(k)
+
+    query_means = smooth_key = None
+    if recipe.smooth_q_rows:
+        query_means = _block_means(q, recipe.smooth_q_rows)
+        q = q - query_means.repeat_interleave(recipe.smooth_q_rows, dim=2)[:, :, : q.shape[2]]
+        smooth_key = k
+
+    value_mean = None
+    value_scale = _head_scale(v, recipe.pv in ("nvfp4", "fp16"))
+    if recipe.smooth_v:
+        value_mean = _token_mean(v, key_lengths)
+        v = _subtract_from_tokens(v, value_mean, key_lengths)
+    return QuantizedOperands(
+        _round_trip_qk(q * query_scale, recipe.qk, recipe.int8_rows[0]) / query_scale,
+        _round_trip_qk(k * key_scale, recipe.qk, recipe.int8_rows[1]) / key_scale,
+        _round_trip_v(_pad_tokens(v) * value_scale, recipe.pv) / value_scale,
+        query_means,
+        smooth_key,
+        lse_shift,
+        value_mean,
+    )
+
+
+def attend(operands: QuantizedOperands, mask: ScoreMask, recipe: Recipe, scale: float) -> tuple[Tensor, Tensor]:
+    """Online softmax over tiles (SageAttention3, algorithm 1, lines 4 to 16).
+
+    Returns:
+        output float32 [B, H, Nq, D] and LSE float32 [B, H, Nq].
+    """
+    batch, heads, rows, _ = operands.query.shape
+    output = operands.query.new_empty((batch, heads, rows, operands.value.shape[-1]))
+    lse = operands.query.new_empty((batch, heads, rows))
+    step = max(1, recipe.smooth_q_rows)
+    step *= max(1, _TILE_ELEMENTS // max(1, batch * heads * recipe.key_block * step))
+    for start in range(0, rows, step):
+        tile = slice(start, min(start + step, rows))
+        output[:, :, tile], lse[:, :, tile] = _attend_rows(operands, mask, recipe, scale, tile)
+    if operands.lse_shift is not None:
+        lse += scale * operands.lse_shift
+    return output, lse
+
+
+def _attend_rows(
+    operands: QuantizedOperands, mask: ScoreMask, recipe: Recipe, scale: float, rows: slice
+) -> tuple[Tensor, Tensor]:
+    query = operands.query[:, :, rows]
+    stretch = _P_MAX[recipe.pv] * 2.0**-recipe.rescale_threshold
+    maximum = query.new_full((*query.shape[:3], 1), -torch.inf)
+    row_sum = torch.zeros_like(maximum)
+    accumulator = query.new_zeros((*query.shape[:3], operands.value.shape[-1]))
+    for key_start in range(0, operands.key.shape[2], recipe.key_block):
+        keys = slice(key_start, min(key_start + recipe.key_block, operands.key.shape[2]))
+        if mask.skips(rows, keys):
+            break
+        scores = mask.apply(_scores(operands, recipe, rows, keys).mul_(scale), rows, keys)
+        tile_maximum = scores.amax(dim=-1, keepdim=True)
+        grown = tile_maximum > maximum + recipe.rescale_threshold * math.log(2)
+        new_maximum = torch.where(grown | tile_maximum.isnan(), tile_maximum, maximum)
+        shift = torch.where(new_maximum == -torch.inf, 0.0, new_maximum)
+        weights = scores.sub_(shift).mul_(math.log2(math.e)).add_(math.log2(stretch)).exp2_()
+        weights = _round_p(weights, recipe.pv)
+        rescale = torch.exp(maximum - shift)
+        row_sum = row_sum * rescale + weights.sum(dim=-1, keepdim=True)
+        accumulator = accumulator * rescale + _grouped_matmul(weights, operands.value[:, :, keys])
+        maximum = new_maximum
+    empty = row_sum == 0
+    output = accumulator / torch.where(empty, 1.0, row_sum)
+    if operands.value_mean is not None:
+        groups = output.shape[1] // operands.value_mean.shape[1]
+        output = output + operands.value_mean.repeat_interleave(groups, dim=1)
+    lse = torch.where(empty, -torch.inf, maximum + torch.log(row_sum / stretch))
+    return output.masked_fill(empty, 0.0), lse.squeeze(-1)
+
+
+def _scores(operands: QuantizedOperands, recipe: Recipe, rows: slice, keys: slice) -> Tensor:
+    """Q K^T of one tile, with what smoothing Q took away added back in full precision (delta_s)."""
+    scores = _grouped_matmul(operands.query[:, :, rows], operands.key[:, :, keys].transpose(-1, -2))
+    if operands.query_means is None or operands.smooth_key is None:
+        return scores
+    blocks = slice(rows.start // recipe.smooth_q_rows, math.ceil(rows.stop / recipe.smooth_q_rows))
+    delta = _grouped_matmul(operands.query_means[:, :, blocks], operands.smooth_key[:, :, keys].transpose(-1, -2))
+    return scores.add_(delta.repeat_interleave(recipe.smooth_q_rows, dim=2)[:, :, : scores.shape[2]])
+
+
+def _grouped_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """[B, H, n, k] @ [B, Hkv, k, m] -> [B, H, n, m], each of the Hkv matrices serving H / Hkv heads."""
+    if a.shape[1] == b.shape[1]:
+        return a @ b
+    batch, heads, rows, inner = a.shape
+    folded = a.reshape(batch, b.shape[1], heads // b.shape[1] * rows, inner) @ b
+    return folded.reshape(batch, heads, rows, b.shape[-1])
+
+
+def _token_mean(x: Tensor, key_lengths: Tensor | None) -> Tensor:
+    """Mean over the valid tokens, [B, H, 1, D]; tokens beyond key_lengths are zero already."""
+    if key_lengths is None:
+        return x.mean(dim=2, keepdim=True)
+    return x.sum(dim=2, keepdim=True) / key_lengths.clamp(min=1)[:, None, None, None]
+
+
+def _subtract_from_tokens(x: Tensor, mean: Tensor, key_lengths: Tensor | None) -> Tensor:
+    return x - (mean if key_lengths is None else mean * valid_tokens(key_lengths, x.shape[2]))
+
+
+def _block_means(x: Tensor, rows: int) -> Tensor:
+    """Means of consecutive blocks of `rows` tokens, [B, H, blocks, D]; the last block may be short."""
+    batch, heads, length, head_dim = x.shape
+    blocks = -(-length // rows)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, blocks * rows - length))
+    counts = (length - rows * torch.arange(blocks, device=x.device)).clamp(max=rows)
+    return padded.reshape(batch, heads, blocks, rows, head_dim).sum(dim=3) / counts[:, None]
+
+
+def _pad_tokens(x: Tensor) -> Tensor:
+    return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % _TOKEN_PADDING))
+
+
+def _round_trip_nvfp4(x: Tensor) -> Tensor:
+    values, scales = quantize_groups(split_last_axis(x, NVFP4_GROUP))
+    return (values * scales).flatten(-2)
+
+
+def _round_trip_qk(x: Tensor, qk: QKFormat, int8_rows: int) -> Tensor:
+    """Quantise along head_dim and back; the padding that a group needs is cut off again."""
+    head_dim = x.shape[-1]
+    if qk == "nvfp4":
+        return _round_trip_nvfp4(pad_last_axis(x, NVFP4_GROUP))[..., :head_dim]
+    if qk == "mxfp8":
+        return dequantize_mxfp8(quantize_mxfp8(pad_last_axis(x, MXFP8_GROUP)))[..., :head_dim]
+    if qk == "int8":
+        return dequantize_int8(quantize_int8(x, block=int8_rows))
+    return x
+
+
+def _round_trip_v(x: Tensor, pv: PVFormat) -> Tensor:
+    """Quantise along the tokens and back."""
+    if pv == "nvfp4":
+        return _round_trip_nvfp4(x.transpose(-1, -2)).transpose(-1, -2)
+    if pv == "fp8":
+        return dequantize_fp8(quantize_fp8(x, dim=-2))
+    if pv == "fp16":
+        return x.half().float()
+    return x
+
+
+def _round_p(weights: Tensor, pv: PVFormat) -> Tensor:
+    """Round the stretched softmax weights (two-level quantisation, section 3.2)."""
+    if pv == "nvfp4":
+        return _round_trip_nvfp4(weights)
+    if pv == "fp8":
+        return round_to_e4m3(weights)
+    if pv == "fp16":
+        return weights.half().float()
+    return weights
