@@ -12,9 +12,9 @@ from sage_kernels.score_mask import ScoreMask
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
 
-# Relative L1 of each recipe on Gaussian inputs, where nothing can be smoothed away: measured 0.181, 0.136, 0.036, 0.011
-# over the grid below, plus 15 %.
-GAUSSIAN_BUDGET = {"fp4": 0.21, "fp8_fp4": 0.16, "int8": 0.042, "int8_fp16": 0.013}
+# Relative L1 of each recipe on Gaussian inputs, where nothing can be smoothed away. Worst measured in the cases
+# below: 0.192, 0.140, 0.037, 0.012; the budgets leave 10 to 15 % for other random numbers.
+GAUSSIAN_BUDGET = {"fp4": 0.21, "fp8_fp4": 0.16, "int8": 0.042, "int8_fp16": 0.0135}
 
 
 def relative_l1(output, expected):
