@@ -5,138 +5,149 @@ summary.json to the output folder.
 """
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from sage_kernels import UnsupportedAttention
-from sage_kernels.diffusers import patch
 from tqdm import tqdm
 
+from sage_kernels import UnsupportedAttention
+
 from .attention_study import ABLATION, ShadowAttention, ablate
+from .comfyui_client import ComfyUIError
+from .comfyui_server import ComfyServerError
+from .comfyui_workflow import WorkflowError
 from .comparison import tensor_errors, video_errors
-from .conditioning import conditioning
-from .latents import decode
+from .drawing import ComfyUIStudio, DiffusersStudio, Drawing, Studio, sample_demo
 from .moving_digits import DIRECTION_NAMES
 from .pictures import write_animation, write_contact_sheet, write_heat_map
 from .report import Report, Run
-from .sampling import DEFAULT_STEPS, sample
+from .sampling import DEFAULT_STEPS
 from .wan_checkpoint import DEFAULT_WEIGHTS, CheckpointError, load_transformer
 
 WORST_BLOCKS = 3
+ERRORS = (CheckpointError, UnsupportedAttention, ComfyUIError, ComfyServerError, WorkflowError, ValueError, OSError)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parse(arguments)
     try:
-        if options.comfyui_root is not None:
-            from .comfyui_demo import run_in_comfyui  # noqa: PLC0415  (only this way needs a ComfyUI)
-
-            report = run_in_comfyui(options)
-        else:
-            report = run_in_diffusers(options)
+        report = run_demo(options)
     except KeyboardInterrupt:
-        print("\nInterrupted; files already written are complete.", file=sys.stderr)
+        print("\nInterrupted; the files that were written are complete.", file=sys.stderr)
         return 130
-    except (CheckpointError, UnsupportedAttention, ValueError, OSError) as error:
+    except ERRORS as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     for run in report.runs:
-        quality = "reference" if run.name == "fp16" else f"PSNR {run.psnr:.2f} dB, SSIM {run.ssim:.4f}, L1 {run.l1:.4f}"
-        print(f"{run.name:16} {quality}; {run.coverage}")
-    print(f"{report.seconds:.0f} s. Open {options.out / 'report.html'}")
+        print(f"{run.name:16} {run.quality()}; attention calls: {run.coverage}")
+    print(f"{report.seconds:.0f} s in all. Open {options.out / 'report.html'}")
     return 0
 
 
-def run_in_diffusers(options: argparse.Namespace) -> Report:
-    """The three runs with diffusers' own Wan transformer."""
+def run_demo(options: argparse.Namespace) -> Report:
+    """Study the attention of the 16-bit run, draw the three videos, write everything."""
     start = time.monotonic()
     device = torch.device(options.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    transformer = load_transformer(options.weights, device=device, dtype=dtype)
-    context = conditioning(options.digit, DIRECTION_NAMES.index(options.direction))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    report = Report("diffusers", name, options.digit, options.direction, options.seed, options.steps)
+    transformer = load_transformer(
+        options.weights, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
+    )
     options.out.mkdir(parents=True, exist_ok=True)
-    latents: dict[str, torch.Tensor] = {}
-    videos: dict[str, np.ndarray] = {}
-    progress = tqdm(total=3 * options.steps + len(ABLATION), unit="step", desc="fp16")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    drawings: dict[str, Drawing] = {}
+    with contextlib.ExitStack() as stack:
+        studio: Studio = DiffusersStudio(transformer, options)
+        studies_own_run = options.comfyui_root is None
+        if not studies_own_run:
+            studio = stack.enter_context(ComfyUIStudio(options))
+        report = Report(studio.host, studio.values, name, options.digit, options.direction, options.seed, options.steps)
+        report.captured_steps = tuple(sorted({options.steps * quarter // 4 for quarter in (1, 2, 3)}))
+        sampled = (3 if studies_own_run else 4) * options.steps
+        progress = stack.enter_context(tqdm(total=sampled + len(ABLATION), unit="step", desc="study"))
 
-    def draw(run: str, fp16_blocks: str, precision: str) -> None:
-        progress.set_description(run)
-        begun = time.monotonic()
-        with patch(transformer, precision=precision, fp16_blocks=fp16_blocks, allow_emulation=True) as patched:
-            latents[run] = sample(
-                transformer, context, seed=options.seed, steps=options.steps, device=device, dtype=dtype,
-                on_step=lambda *_: progress.update(),
-            )  # fmt: skip
-        coverage = patched.coverage
-        report.runs.append(Run(run, fp16_blocks, time.monotonic() - begun, coverage.by_kernel(), str(coverage)))
-        videos[run] = to_frames(decode(latents[run]))
-        write_animation(videos[run], options.out / f"{run}.webp")
-        if run != "fp16":
-            compare(report.runs[-1], latents[run], latents["fp16"], videos[run], videos["fp16"])
+        def draw(run: str, precision: str, fp16_blocks: str = "") -> None:
+            progress.set_description(run)
+            drawing = drawings[run] = studio.draw(precision, fp16_blocks, progress.update)
+            write_animation(drawing.frames, options.out / f"{run}.webp")
+            report.runs.append(compare(run, fp16_blocks, drawing, drawings["fp16"]))
 
-    report.captured_steps = tuple(sorted({options.steps // 4, options.steps // 2, options.steps * 3 // 4}))
-    with ShadowAttention(transformer, report.captured_steps) as shadow:
-        draw("fp16", "", "fp16")
-    blocks = sorted({block for block, _ in shadow.errors}, key=lambda block: block.index)
-    errors = np.array([[shadow.errors[block, step] for step in range(options.steps)] for block in blocks])
-    report.blocks = [
-        {"block": str(block), "step": step, "l1": errors[row, step]}
-        for row, block in enumerate(blocks)
-        for step in range(options.steps)
-    ]
-    write_heat_map(errors, [str(block) for block in blocks], options.out / "block_errors.png")
-
-    draw("fp4", "", "fp4")
-    worst = sorted(np.argsort(errors.mean(axis=1))[-WORST_BLOCKS:])
-    draw("fp4_worst3_fp16", ", ".join(f"{blocks[row].index}: 1" for row in worst), "fp4")
-    write_contact_sheet(videos, options.out / "contact_sheet.png")
-
-    progress.set_description("ablation")
-    for row in ablate(shadow.captured):
-        report.ablation.append(row)
-        progress.update()
-    progress.close()
+        with ShadowAttention(transformer, report.captured_steps) as shadow:
+            if studies_own_run:
+                draw("fp16", "fp16")
+            else:
+                sample_demo(transformer, options, progress.update)
+        if not studies_own_run:
+            draw("fp16", "fp16")
+        worst = write_study(shadow, report, options.out)
+        draw("fp4", "fp4")
+        draw("fp4_worst3_fp16", "fp4", ", ".join(f"{block}: 1" for block in worst))
+        write_contact_sheet(
+            {run: drawing.frames for run, drawing in drawings.items()}, options.out / "contact_sheet.png"
+        )
+        progress.set_description("ablation")
+        for row in ablate(shadow.captured):
+            report.ablation.append(row)
+            progress.update()
     report.seconds = time.monotonic() - start
     report.write(options.out)
     return report
 
 
-def to_frames(pixels: torch.Tensor) -> np.ndarray:
-    """Pixels [1, 1, T, H, W] in [-1, 1] to uint8 frames [T, H, W]."""
-    return ((pixels[0, 0].clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
+def write_study(shadow: ShadowAttention, report: Report, folder: Path) -> list[int]:
+    """Put the errors of the blocks into the report and a heat map; returns the blocks with the largest mean error."""
+    blocks = sorted({block for block, _ in shadow.errors})
+    errors = np.array([[shadow.errors[block, step] for step in range(report.steps)] for block in blocks])
+    report.blocks = [
+        {"block": str(block), "step": step, "l1": float(errors[row, step])}
+        for row, block in enumerate(blocks)
+        for step in range(report.steps)
+    ]
+    write_heat_map(errors, [str(block) for block in blocks], folder / "block_errors.png")
+    return sorted(int(row) for row in np.argsort(errors.mean(axis=1))[-WORST_BLOCKS:])
 
 
-def compare(
-    run: Run, latents: torch.Tensor, expected_latents: torch.Tensor, frames: np.ndarray, expected_frames: np.ndarray
-) -> None:
-    """Fill in how far a run is from the 16-bit one."""
-    video, tensor = video_errors(frames, expected_frames), tensor_errors(latents, expected_latents)
-    run.psnr = None if np.isinf(video["psnr"]) else video["psnr"]
-    run.ssim, run.cosine, run.l1 = video["ssim"], tensor["cosine"], tensor["l1"]
+def compare(name: str, fp16_blocks: str, drawing: Drawing, expected: Drawing) -> Run:
+    """How far a drawing is from the 16-bit one."""
+    video = video_errors(drawing.frames, expected.frames)
+    tensor = tensor_errors(drawing.values, expected.values)
+    return Run(
+        name=name,
+        fp16_blocks="all" if name == "fp16" else fp16_blocks,
+        seconds=drawing.seconds,
+        calls=drawing.calls,
+        coverage=drawing.coverage,
+        psnr=None if np.isinf(video["psnr"]) else video["psnr"],
+        ssim=video["ssim"],
+        cosine=tensor["cosine"],
+        l1=tensor["l1"],
+    )
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="dev.py demo", description=__doc__)
     parser.add_argument("--device", default="cpu", help="cpu, or cuda to use the GPU's kernels")
+    parser.add_argument("--comfyui-root", type=Path, help="a ComfyUI checkout: draw by the shipped workflow through it")
     parser.add_argument(
-        "--comfyui-root", type=Path, help="a ComfyUI checkout: run the shipped workflow through it instead"
+        "--comfyui-python", help="the Python that has ComfyUI's requirements; default: the checkout's own"
     )
     parser.add_argument("--digit", type=int, default=3, choices=range(10), help="which digit to draw")
     parser.add_argument("--direction", default="right", choices=DIRECTION_NAMES, help="where it goes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
+    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="sampling steps, at least 4")
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for the results")
-    parser.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help=argparse.SUPPRESS)
+    parser.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="weights of the demo model, Wan layout")
     options = parser.parse_args(arguments)
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
+    if options.steps < 4:
+        parser.error(f"--steps must be at least 4, got {options.steps}")
+    if options.device not in ("cpu", "cuda") and not options.device.startswith("cuda:"):
+        parser.error(f"--device must be cpu, cuda or cuda:N, got {options.device!r}")
+    if options.device != "cpu" and not torch.cuda.is_available():
         parser.error(
-            f"--device {options.device}: torch {torch.__version__} sees no CUDA GPU here; leave the option away"
+            f"--device {options.device}: torch {torch.__version__} sees no CUDA GPU here; leave the option out"
         )
     return options
 

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor, nn
+
 from sage_kernels.block_overrides import BlockId
 from sage_kernels.diffusers import AttentionRouter, SdpaCall
 from sage_kernels.recipes import RECIPES, SAGE_ATTENTION_3, Recipe
 from sage_kernels.reference import attention_fp32, quantized_attention
-from torch import Tensor, nn
 
 from .comparison import tensor_errors
 

@@ -13,24 +13,31 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 @dataclass
 class Run:
-    """One sampling and how far it is from the 16-bit one; psnr is None for identical frames."""
+    """One video and how far it is from the 16-bit one; psnr is None where the frames are the same."""
 
     name: str
     fp16_blocks: str
     seconds: float
     calls: dict[str, int]
     coverage: str
-    psnr: float | None = None
-    ssim: float = 1.0
-    cosine: float = 1.0
-    l1: float = 0.0
+    psnr: float | None
+    ssim: float
+    cosine: float
+    l1: float
+
+    def quality(self) -> str:
+        """In a few words."""
+        if self.psnr is None:
+            return "reference" if self.name == "fp16" else "same frames as fp16"
+        return f"PSNR {self.psnr:.2f} dB, SSIM {self.ssim:.4f}, relative L1 {self.l1:.4f}"
 
 
 @dataclass
 class Report:
-    """All that the demo found out."""
+    """All that the demo found out. `values` says what cosine and l1 of the runs are taken of."""
 
     host: str
+    values: str
     device: str
     digit: int
     direction: str
@@ -46,20 +53,10 @@ class Report:
         """Write summary.json and report.html; the pictures that report.html shows are written by the caller."""
         summary = json.dumps(asdict(self), indent=2).encode()
         write_atomically(folder / "summary.json", lambda file: file.write(summary))
-        emulated = any("_emulated" in kernel for run in self.runs for kernel in run.calls)
         template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text("utf-8"))
         page = template.render(
-            asdict(self)
-            | {
-                "blocks": len({row["block"] for row in self.blocks}) or 5,
-                "has_study": bool(self.blocks),
-                "emulation_note": "FP4 is computed by the plain PyTorch reference here: the numbers are those of FP4, "
-                "the speed is not."
-                if emulated
-                else "",
-                "seconds_note": "Seconds include measuring the error of every block in the fp16 run."
-                if self.blocks
-                else "",
-            }
+            asdict(self),
+            block_count=len({row["block"] for row in self.blocks}),
+            emulated=any("_emulated" in kernel for run in self.runs for kernel in run.calls),
         ).encode()
         write_atomically(folder / "report.html", lambda file: file.write(page))
