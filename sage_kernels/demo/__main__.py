@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sage_kernels import UnsupportedAttention
 
-from .attention_study import ABLATION, ShadowAttention, ablate
+from .attention_study import ABLATION, ShadowAttention, ablate, removed_energy
 from .comfyui_client import ComfyUIError
 from .comfyui_server import ComfyServerError
 from .comfyui_workflow import WorkflowError
@@ -89,6 +89,7 @@ def run_demo(options: argparse.Namespace) -> Report:
             {run: drawing.frames for run, drawing in drawings.items()}, options.out / "contact_sheet.png"
         )
         progress.set_description("ablation")
+        report.removed_energy = removed_energy(shadow.captured)
         for row in ablate(shadow.captured):
             report.ablation.append(row)
             progress.update()

@@ -61,6 +61,20 @@ class ShadowAttention:
         return output
 
 
+def removed_energy(captured: dict[tuple[BlockId, int], tuple[Tensor, Tensor, Tensor]]) -> dict[str, float]:
+    """Share of the squared size of Q, K and V that the means hold which smoothing subtracts: what it can gain."""
+    removed = {"q": 0.0, "k": 0.0, "v": 0.0}
+    total = dict.fromkeys(removed, 0.0)
+    for query, key, value in captured.values():
+        blocks = query.split(SAGE_ATTENTION_3.smooth_q_rows, dim=2)
+        removed["q"] += sum(float(x.mean(dim=2).square().sum()) * x.shape[2] for x in blocks)
+        removed["k"] += float(key.mean(dim=2).square().sum()) * key.shape[2]
+        removed["v"] += float(value.mean(dim=2).square().sum()) * value.shape[2]
+        for name, x in (("q", query), ("k", key), ("v", value)):
+            total[name] += float(x.square().sum())
+    return {name: removed[name] / total[name] for name in removed}
+
+
 def ablate(captured: dict[tuple[BlockId, int], tuple[Tensor, Tensor, Tensor]]) -> Iterator[dict[str, str | float]]:
     """One row per recipe, errors against exact attention over all captured tensors together; yields as it computes."""
     exact = [attention_fp32(*operands)[0] for operands in captured.values()]

@@ -47,6 +47,7 @@ class Report:
     runs: list[Run] = field(default_factory=list)
     blocks: list[dict[str, str | int | float]] = field(default_factory=list)
     ablation: list[dict[str, str | float]] = field(default_factory=list)
+    removed_energy: dict[str, float] = field(default_factory=dict)
     captured_steps: tuple[int, ...] = ()
 
     def write(self, folder: Path) -> None:
