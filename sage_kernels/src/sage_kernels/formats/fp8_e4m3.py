@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sage_kernels.formats.grouping import group_absmax
+from sage_kernels.formats.grouping import divide, group_absmax
 
 E4M3_MAX = 448.0
 
@@ -52,7 +52,7 @@ def quantize_fp8(x: Tensor, *, dim: int | None = -1, maximum: float = E4M3_MAX) 
     lines = values.flatten().unsqueeze(0) if dim is None else values.movedim(dim, -1)
     absmax = group_absmax(lines)
     scales = absmax.reshape((1,) * x.dim()) if dim is None else absmax.movedim(-1, dim)
-    scales = scales / maximum
+    scales = divide(scales, maximum)
     codes = torch.where(scales > 0, values / scales, 0.0)
     return FP8Tensor(round_to_e4m3(codes).to(torch.float8_e4m3fn), scales)
 

@@ -29,6 +29,11 @@ def pad_last_axis(x: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
+def divide(x: Tensor, divisor: float) -> Tensor:
+    """x / divisor, correctly rounded on every device: CUDA multiplies by the reciprocal where the divisor is a number."""
+    return x / torch.full_like(x, divisor)
+
+
 def group_absmax(groups: Tensor) -> Tensor:
     """Largest magnitude of each group, [..., 1]; NaN wherever the group holds a NaN or an infinity."""
     absmax = groups.abs().amax(dim=-1, keepdim=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sage_kernels.formats.grouping import group_absmax, split_last_axis
+from sage_kernels.formats.grouping import divide, group_absmax, split_last_axis
 
 INT8_MAX = 127.0
 
@@ -39,7 +39,7 @@ def quantize_int8(x: Tensor, *, block: int = 1) -> Int8Tensor:
     rows = x.shape[-2]
     values = x.float()
     padded = torch.nn.functional.pad(values, (0, 0, 0, -rows % block))
-    scales = group_absmax(split_last_axis(padded.flatten(-2), block * x.shape[-1])) / INT8_MAX
+    scales = divide(group_absmax(split_last_axis(padded.flatten(-2), block * x.shape[-1])), INT8_MAX)
     row_scales = scales.repeat_interleave(block, dim=-2)[..., :rows, :]
     codes = torch.where(row_scales > 0, values / row_scales, 0.0).round().clamp(-INT8_MAX, INT8_MAX)
     return Int8Tensor(codes.to(torch.int8), scales, block)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sage_kernels.formats.fp8_e4m3 import round_to_e4m3
-from sage_kernels.formats.grouping import group_absmax, split_groups, split_last_axis
+from sage_kernels.formats.grouping import divide, group_absmax, split_groups, split_last_axis
 
 NVFP4_GROUP = 16
 E2M1_MAX = 6.0
@@ -65,7 +65,7 @@ def quantize_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
     scale = e4m3(max|x| / 6); value = e2m1(x / scale) with the rounded scale. A group whose scale rounds to zero gets
     values 0. A group with a NaN or an infinity gets scale NaN and values 0.
     """
-    scales = round_to_e4m3(group_absmax(groups) / E2M1_MAX)
+    scales = round_to_e4m3(divide(group_absmax(groups), E2M1_MAX))
     return round_to_e2m1(torch.where(scales > 0, groups / scales, 0.0)), scales
 
 
