@@ -30,7 +30,7 @@ def pad_last_axis(x: Tensor, multiple: int) -> Tensor:
 
 
 def divide(x: Tensor, divisor: float) -> Tensor:
-    """x / divisor, correctly rounded on every device: CUDA multiplies by the reciprocal where the divisor is a number."""
+    """Correctly rounded x / divisor: where the divisor is a plain number, CUDA multiplies by its reciprocal instead."""
     return x / torch.full_like(x, divisor)
 
 
