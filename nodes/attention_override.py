@@ -1,0 +1,217 @@
+"""What ComfyUI calls in place of its attention: runs a kernel, or steps aside and says why.
+
+Core calls `override(func, *args, **kwargs)`, func being its own attention; or, where the model hands its tensors over
+in containers so that they can be freed early, `override.container_function(*args, **kwargs)`, without func.
+"""
+
+import dataclasses
+import logging
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sage_kernels.block_overrides import BlockId
+from sage_kernels.coverage import UNPATCHED, Coverage
+from sage_kernels.precision_policy import SIGMA_UNKNOWN, Choice, PrecisionPolicy
+
+from .attention_arguments import AttentionArguments, read_arguments
+from .block_tracking import ModelEvaluation, current_evaluation, running_block
+
+logger = logging.getLogger(__name__)
+
+WHOLE_RUN = (0.0, 1.0)
+
+
+class Kernels(Protocol):
+    """The part of sage_kernels that is used here."""
+
+    def explain(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        """Say which kernel would do the call."""
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        """Do it."""
+
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        """Do the half of it after which q, k and v can be freed."""
+
+    def run(self, prepared: Any) -> Any:
+        """Do the other half."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KernelCall:
+    """A call that a kernel takes; options are those that the model's arguments don't give."""
+
+    kernel: str
+    arguments: AttentionArguments
+    options: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """A call that is left to the model's own attention. log_level: of the line that a new reason is worth."""
+
+    reasons: tuple[str, ...]
+    log_level: int
+
+
+class AttentionOverride:
+    """The value of transformer_options["optimized_attention_override"].
+
+    Safe to share between threads and between clones of a model: what belongs to one evaluation of the model is in
+    block_tracking.
+
+    Args:
+        policy: precision by block; its window is replaced by the one below.
+        kernels: sage_kernels.
+        native_blocks: FoundBlock.native_keys -> block, for models whose blocks can't be watched.
+        window: start and end percent of the sampling between which kernels are used.
+        previous: the override that was there before, called where this one steps aside.
+        allow_emulation: passed on to sage_kernels.
+    """
+
+    def __init__(
+        self,
+        policy: PrecisionPolicy,
+        kernels: Kernels,
+        *,
+        native_blocks: Mapping[Hashable, BlockId] | None = None,
+        window: tuple[float, float] = WHOLE_RUN,
+        previous: Callable[..., Any] | None = None,
+        allow_emulation: bool = False,
+    ) -> None:
+        self.coverage = Coverage()
+        self.previous = previous
+        self._policy = policy
+        self._kernels = kernels
+        self._native_blocks = dict(native_blocks or {})
+        self._window = window
+        self._windowed: tuple[weakref.ref[Any], PrecisionPolicy] | None = None
+        self._allow_emulation = allow_emulation
+        # A compiled model must ask anew in every block and step, not bake in the first answer.
+        self._attend_eagerly = torch.compiler.disable(self._attend)
+        self._attend_containers_eagerly = torch.compiler.disable(self._attend_containers)
+
+    @property
+    def reads_sigma(self) -> bool:
+        """Whether the noise level makes a difference."""
+        return self._window != WHOLE_RUN or self._policy.depends_on_step
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionOverride":
+        """Itself: cloning a ModelPatcher copies its options deeply, and the counts are to be in one place."""
+        return self
+
+    def __call__(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Attention as core calls it; func is core's own attention function, and kwargs go on to it unchanged."""
+        return self._attend_eagerly(func, args, kwargs)
+
+    def container_function(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Attention on core's AttentionTensorContainers, the first three arguments, which are emptied."""
+        return self._attend_containers_eagerly(args[:3], args[3:], kwargs)
+
+    def _attend(self, func: Callable[..., Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+        call = self._plan(args, kwargs)
+        if call is None:
+            # _inside_attn_wrapper stays in kwargs: without it core would call this override again.
+            return func(*args, **kwargs) if self.previous is None else self.previous(func, *args, **kwargs)
+        tensors, options = call.arguments.for_kernels()
+        return call.arguments.output_form.apply(self._kernels.attention(*tensors, **options, **call.options))
+
+    def _attend_containers(self, containers: Sequence[Any], rest: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+        call = self._plan((*(container.peek() for container in containers), *rest), kwargs)
+        if call is None:
+            return self._step_aside_with_containers(containers, rest, kwargs)
+        for container in containers:
+            container.take()
+        tensors, options = call.arguments.for_kernels()
+        output_form = call.arguments.output_form
+        prepared = self._kernels.prepare(*tensors, **options, **call.options)
+        # The last references to the model's q, k and v: freed before the attention itself allocates.
+        del call, tensors, options
+        return output_form.apply(self._kernels.run(prepared))
+
+    def _step_aside_with_containers(
+        self, containers: Sequence[Any], rest: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Tensor:
+        if self.previous is None:
+            return core_attention()(*containers, *rest, **kwargs)
+        if hasattr(self.previous, "container_function"):
+            return self.previous.container_function(*containers, *rest, **kwargs)
+        func = core_attention()
+        tensors = [container.take() for container in containers]
+        return self.previous(getattr(func, "__wrapped__", func), *tensors, *rest, **kwargs)
+
+    def _plan(self, args: Sequence[Any], kwargs: dict[str, Any]) -> KernelCall | None:
+        """Decide about one call, count it, and log what is new about it; None: step aside."""
+        evaluation = current_evaluation()
+        block = running_block(evaluation, self._native_blocks, kwargs.get("transformer_options") or {})
+        decided = self._decide(block, evaluation, args, kwargs)
+        if isinstance(decided, KernelCall):
+            self.coverage.record(block, decided.kernel)
+            return decided
+        for reason in self.coverage.record(block, UNPATCHED, decided.reasons):
+            logger.log(decided.log_level, "Sage3: attention is left to the model: %s", reason)
+        return None
+
+    def _decide(
+        self, block: BlockId | None, evaluation: ModelEvaluation | None, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> KernelCall | Refused:
+        arguments = read_arguments(args, kwargs)
+        if isinstance(arguments, str):
+            return Refused((arguments,), logging.INFO)
+        choice = self._choose(block, evaluation, arguments)
+        if choice.precision == "fp16":
+            return Refused((choice.reason or "FP16",), logging.DEBUG)
+        options = {"precision": choice.precision, "allow_emulation": self._allow_emulation}
+        tensors, form = arguments.for_kernels()
+        try:
+            decision = self._kernels.explain(*tensors, **form, **options)
+        except (TypeError, ValueError) as error:
+            return Refused((str(error),), logging.WARNING)
+        if decision.kernel in {None, "sdpa"}:
+            return Refused(tuple(str(refusal) for refusal in decision.refusals), logging.WARNING)
+        return KernelCall(decision.kernel, arguments, options)
+
+    def _choose(
+        self, block: BlockId | None, evaluation: ModelEvaluation | None, arguments: AttentionArguments
+    ) -> Choice:
+        policy = self._policy
+        if self._window != WHOLE_RUN:
+            if evaluation is None:
+                return SIGMA_UNKNOWN
+            policy = self._windowed_policy(evaluation.model_sampling)
+        return policy.choose(
+            block,
+            sigma=evaluation.sigma if evaluation is not None else None,
+            schedule=evaluation.schedule if evaluation is not None else None,
+            query_tokens=arguments.query_tokens,
+            key_tokens=arguments.key_tokens,
+        )
+
+    def _windowed_policy(self, model_sampling: Any) -> PrecisionPolicy:
+        # Asked for while sampling, because a node further down the graph may have shifted the model's sigmas.
+        windowed = self._windowed
+        if windowed is None or windowed[0]() is not model_sampling:
+            windowed = weakref.ref(model_sampling), _with_window(self._policy, model_sampling, self._window)
+            self._windowed = windowed
+        return windowed[1]
+
+
+def _with_window(policy: PrecisionPolicy, model_sampling: Any, window: tuple[float, float]) -> PrecisionPolicy:
+    start, end = window
+    return dataclasses.replace(
+        policy,
+        # 0 and 1 are no bounds: core's flow models give 1.0 for 0 percent, and samplers that add noise go above.
+        sigma_start=policy.sigma_start if start <= 0.0 else float(model_sampling.percent_to_sigma(start)),
+        sigma_end=policy.sigma_end if end >= 1.0 else float(model_sampling.percent_to_sigma(end)),
+    )
+
+
+def core_attention() -> Callable[..., Tensor]:
+    """Core's attention as it is without any override; it takes containers."""
+    from comfy.ldm.modules.attention import optimized_attention  # noqa: PLC0415  (tests import this file without core)
+
+    return optimized_attention
