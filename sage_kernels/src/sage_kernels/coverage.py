@@ -1,76 +1,71 @@
-"""Which kernel served how many attention calls of which block, and why calls were left alone. Pure Python."""
+"""Which kernel served how many attention calls, block by block, and why the others stepped aside."""
 
+import logging
+import threading
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from threading import Lock
+from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 from sage_kernels.block_overrides import BlockId
 
-UNPATCHED = "unpatched"
-"""The kernel name of a call that was left to the model's own attention."""
-
-
-@dataclass(frozen=True)
-class CoverageCounts:
-    """A snapshot of a Coverage; subtracting an earlier one gives what happened in between.
-
-    Attributes:
-        calls: (block, kernel) -> calls; block None is attention outside the model's blocks.
-        reasons: why calls were left to the model's own attention -> calls.
-    """
-
-    calls: Counter[tuple[BlockId | None, str]] = field(default_factory=Counter)
-    reasons: Counter[str] = field(default_factory=Counter)
-
-    def __sub__(self, earlier: "CoverageCounts") -> "CoverageCounts":
-        return CoverageCounts(self.calls - earlier.calls, self.reasons - earlier.reasons)
-
-    def by_kernel(self) -> dict[str, int]:
-        """Kernel -> calls, the busiest first."""
-        totals: Counter[str] = Counter()
-        for (_, kernel), count in self.calls.items():
-            totals[kernel] += count
-        return dict(totals.most_common())
-
-    def by_block(self) -> dict[BlockId | None, dict[str, int]]:
-        """Block -> kernel -> calls, in the order in which they first called."""
-        blocks: dict[BlockId | None, dict[str, int]] = {}
-        for (block, kernel), count in self.calls.items():
-            blocks.setdefault(block, {})[kernel] = count
-        return blocks
-
-    def __str__(self) -> str:
-        kernels = ", ".join(f"{kernel} {count}" for kernel, count in self.by_kernel().items())
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common())
-        return f"{self.calls.total()} attention calls: {kernels or 'none'}" + (f" ({reasons})" if reasons else "")
+_LOG = logging.getLogger("sage_kernels")
+_Key = tuple[BlockId | None, str, str | None]
+_Group = TypeVar("_Group", bound=Hashable)
 
 
 class Coverage:
-    """Counts attention calls; safe to share between threads."""
+    """Counts of one patched model. Safe to write from several threads."""
 
     def __init__(self) -> None:
-        self._lock = Lock()
-        self._calls: Counter[tuple[BlockId | None, str]] = Counter()
-        self._reasons: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._calls: Counter[_Key] = Counter()
+        self._logged: set[str] = set()
 
-    def record(self, block: BlockId | None, kernel: str, reasons: Iterable[str] = ()) -> list[str]:
-        """Count one call that `kernel` served, and why it wasn't another kernel.
-
-        Returns:
-            those of the reasons that were never given before, for the caller to log: each is worth one line, not one
-            per call.
-        """
+    def record(self, block: BlockId | None, kernel: str, reason: str | None = None) -> None:
+        """Count one call by `kernel`; `reason` says why it was not a faster one. Each reason is logged once."""
         with self._lock:
-            self._calls[block, kernel] += 1
-            new = []
-            for reason in reasons:
-                if reason not in self._reasons:
-                    new.append(reason)
-                self._reasons[reason] += 1
-            return new
+            self._calls[block, kernel, reason] += 1
+            first = reason is not None and reason not in self._logged
+            if reason is not None:
+                self._logged.add(reason)
+        if first:
+            _LOG.info("attention by %s: %s", kernel, reason)
 
-    def counts(self) -> CoverageCounts:
-        """What was counted so far."""
+    def reset(self) -> None:
+        """Forget all counts, for a new run."""
         with self._lock:
-            return CoverageCounts(self._calls.copy(), self._reasons.copy())
+            self._calls.clear()
+
+    def by_kernel(self) -> dict[str, int]:
+        """Calls per kernel, most first."""
+        return dict(self._total(lambda key: key[1]).most_common())
+
+    def by_block(self) -> dict[BlockId | None, dict[str, int]]:
+        """Calls per block and kernel; None is attention outside the blocks."""
+        blocks: dict[BlockId | None, dict[str, int]] = {}
+        for (block, kernel), count in self._total(lambda key: (key[0], key[1])).items():
+            blocks.setdefault(block, {})[kernel] = count
+        return blocks
+
+    def reasons(self) -> dict[str, dict[str, int]]:
+        """Per kernel, how often each reason sent a call to it."""
+        reasons: dict[str, dict[str, int]] = {}
+        for (kernel, reason), count in self._total(lambda key: (key[1], key[2])).most_common():
+            if reason is not None:
+                reasons.setdefault(kernel, {})[reason] = count
+        return reasons
+
+    def __str__(self) -> str:
+        reasons = self.reasons()
+        parts = []
+        for kernel, calls in self.by_kernel().items():
+            why = ", ".join(f"{reason} ({count})" for reason, count in reasons.get(kernel, {}).items())
+            parts.append(f"{kernel} {calls}" + (f": {why}" if why else ""))
+        return "; ".join(parts) or "no attention calls yet"
+
+    def _total(self, group: Callable[[_Key], _Group]) -> "Counter[_Group]":
+        totals: Counter[_Group] = Counter()
+        with self._lock:
+            for key, count in self._calls.items():
+                totals[group(key)] += count
+        return totals

@@ -54,6 +54,8 @@ def power_of_two_scale(x: Tensor) -> Tensor:
     E4M3 group scales reach 448 * 6 = 2688; half of it is left free because subtracting a mean can double a magnitude.
     A head of zeros, or one with a NaN or an infinity, gets 1.
     """
+    if x.numel() == 0:
+        return x.new_ones((*x.shape[:2], 1, 1), dtype=torch.float32)
     absmax = group_absmax(x.float().flatten(-2)).unsqueeze(-1)
     usable = absmax > 0
     mantissa, exponent = torch.frexp(torch.where(usable, absmax, 1.0))

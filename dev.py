@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+"""Launcher for a fresh clone: `python dev.py demo` and `python dev.py test`.
+
+Needs Python 3.10 or newer and nothing else: makes .venv beside this file, installs what the command needs and runs it.
+Works on Linux, Windows and macOS. Options after the command go to it: `python dev.py test -k formats`.
+"""
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+KERNEL_PROJECT = ROOT / "sage_kernels"
+MINIMUM_PYTHON = (3, 10)
+
+
+def main() -> int:
+    """Parse the command line, prepare the environment, run the command."""
+    if sys.version_info < MINIMUM_PYTHON:
+        print(f"dev.py needs Python 3.10 or newer; this is {sys.version.split()[0]}", file=sys.stderr)
+        return 2
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--no-venv", action="store_true", help="use this Python as it is, for one that has a CUDA build of torch"
+    )
+    parser.add_argument(
+        "command", choices=COMMANDS, help="demo: videos side by side; test: all checks; train: the model"
+    )
+    arguments, rest = parser.parse_known_args()
+    python = Path(sys.executable)
+    try:
+        if not arguments.no_venv:
+            python = ensure_environment(arguments.command)
+        return COMMANDS[arguments.command](python, rest)
+    except subprocess.CalledProcessError as error:
+        print(f"dev.py: {' '.join(map(str, error.cmd))} failed with exit code {error.returncode}", file=sys.stderr)
+        return error.returncode
+    except KeyboardInterrupt:
+        return 130
+
+
+def ensure_environment(extra: str) -> Path:
+    """Make .venv and install the extra of sage_kernels that has the command's name, once per project file."""
+    python = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    wanted = hashlib.sha256((KERNEL_PROJECT / "pyproject.toml").read_bytes() + sys.version.encode()).hexdigest()
+    stamp = VENV / f"installed-{extra}.txt"
+    if python.exists() and stamp.exists() and stamp.read_text() == wanted:
+        return python
+    if not python.exists():
+        print(f"Making {VENV}")
+        try:
+            venv.create(VENV, with_pip=True)
+        except subprocess.CalledProcessError:
+            raise SystemExit(
+                "dev.py: this Python can't make virtual environments; on Debian or Ubuntu: apt install python3-venv"
+            ) from None
+    print(f"Installing what `{extra}` needs (torch is large: this takes a while the first time)")
+    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", f"{KERNEL_PROJECT}[{extra}]")
+    stamp.write_text(wanted)
+    return python
+
+
+def demo(python: Path, rest: list[str]) -> int:
+    """Videos with 16-bit and FP4 attention side by side, into demo_output/."""
+    return subprocess.call([python, "-m", "demo", *rest], cwd=ROOT, env=demo_environment())
+
+
+def train(python: Path, rest: list[str]) -> int:
+    """Train the demo model again."""
+    return subprocess.call([python, "-m", "demo.train", *rest], cwd=ROOT, env=demo_environment())
+
+
+def test(python: Path, rest: list[str]) -> int:
+    """Lint, types, format of the CUDA sources, then every test that this machine can run."""
+    run(python, "-m", "ruff", "check", ".")
+    run(python, "-m", "ruff", "format", "--check", ".")
+    run(python, "-m", "mypy")
+    sources = [path for pattern in ("*.cu", "*.cuh", "*.h") for path in (KERNEL_PROJECT / "csrc").rglob(pattern)]
+    if sources:
+        run(python, "-m", "clang_format", "--dry-run", "--Werror", *sources)
+    return subprocess.call([python, "-m", "pytest", *rest], cwd=ROOT)
+
+
+def demo_environment() -> dict[str, str]:
+    """The demo is no installed package: it is found through the path."""
+    paths = [str(KERNEL_PROJECT), str(KERNEL_PROJECT / "src"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def run(*command: object) -> None:
+    """Run and raise when it fails."""
+    subprocess.run([str(part) for part in command], cwd=ROOT, check=True)
+
+
+COMMANDS = {"demo": demo, "test": test, "train": train}
+
+if __name__ == "__main__":
+    raise SystemExit(main())
