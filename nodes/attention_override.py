@@ -5,7 +5,6 @@ in containers so that they can be freed early, `override.container_function(*arg
 """
 
 import dataclasses
-import logging
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol
@@ -14,13 +13,11 @@ import torch
 from torch import Tensor
 
 from sage_kernels.block_overrides import BlockId
-from sage_kernels.coverage import UNPATCHED, Coverage
+from sage_kernels.coverage import Coverage
 from sage_kernels.precision_policy import SIGMA_UNKNOWN, Choice, PrecisionPolicy
 
 from .attention_arguments import AttentionArguments, read_arguments
 from .block_tracking import ModelEvaluation, current_evaluation, running_block
-
-logger = logging.getLogger(__name__)
 
 WHOLE_RUN = (0.0, 1.0)
 
@@ -48,14 +45,6 @@ class KernelCall:
     kernel: str
     arguments: AttentionArguments
     options: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Refused:
-    """A call that is left to the model's own attention. log_level: of the line that a new reason is worth."""
-
-    reasons: tuple[str, ...]
-    log_level: int
 
 
 class AttentionOverride:
@@ -145,34 +134,34 @@ class AttentionOverride:
         return self.previous(getattr(func, "__wrapped__", func), *tensors, *rest, **kwargs)
 
     def _plan(self, args: Sequence[Any], kwargs: dict[str, Any]) -> KernelCall | None:
-        """Decide about one call, count it, and log what is new about it; None: step aside."""
+        """Decide about one call and count it; None: step aside."""
         evaluation = current_evaluation()
         block = running_block(evaluation, self._native_blocks, kwargs.get("transformer_options") or {})
-        decided = self._decide(block, evaluation, args, kwargs)
-        if isinstance(decided, KernelCall):
-            self.coverage.record(block, decided.kernel)
-            return decided
-        for reason in self.coverage.record(block, UNPATCHED, decided.reasons):
-            logger.log(decided.log_level, "Sage3: attention is left to the model: %s", reason)
+        call = self._decide(block, evaluation, args, kwargs)
+        if isinstance(call, KernelCall):
+            self.coverage.record(block, call.kernel)
+            return call
+        self.coverage.record(block, "fp16" if self.previous is None else "earlier override", call)
         return None
 
     def _decide(
         self, block: BlockId | None, evaluation: ModelEvaluation | None, args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> KernelCall | Refused:
+    ) -> KernelCall | str:
+        """The call for a kernel, or why there is none."""
         arguments = read_arguments(args, kwargs)
         if isinstance(arguments, str):
-            return Refused((arguments,), logging.INFO)
+            return arguments
         choice = self._choose(block, evaluation, arguments)
         if choice.precision == "fp16":
-            return Refused((choice.reason or "FP16",), logging.DEBUG)
+            return str(choice.reason)
         options = {"precision": choice.precision, "allow_emulation": self._allow_emulation}
         tensors, form = arguments.for_kernels()
         try:
             decision = self._kernels.explain(*tensors, **form, **options)
-        except (TypeError, ValueError) as error:
-            return Refused((str(error),), logging.WARNING)
+        except (TypeError, ValueError) as error:  # core takes shapes and dtypes that sage_kernels doesn't
+            return str(error)
         if decision.kernel in {None, "sdpa"}:
-            return Refused(tuple(str(refusal) for refusal in decision.refusals), logging.WARNING)
+            return "; ".join(str(refusal) for refusal in decision.refusals)
         return KernelCall(decision.kernel, arguments, options)
 
     def _choose(

@@ -6,7 +6,6 @@ from types import ModuleType
 from typing import Any
 
 from sage_kernels.block_overrides import BlockLayout
-from sage_kernels.coverage import CoverageCounts
 from sage_kernels.precision_policy import PrecisionPolicy
 
 from .attention_override import AttentionOverride
@@ -88,31 +87,28 @@ def patch_model(model: Any, settings: AttentionSettings, kernels: ModuleType) ->
 
 
 class SamplingReport:
-    """Wrapper for core's WrappersMP.OUTER_SAMPLE: says after each sampling what ran."""
+    """Wrapper for core's WrappersMP.OUTER_SAMPLE: counts each sampling anew and says what ran."""
 
     def __init__(self, override: AttentionOverride, layout: BlockLayout, verbose: bool) -> None:
-        self._override = override
+        self._coverage = override.coverage
         self._layout = layout
         self._verbose = verbose
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Sample, then log."""
-        before = self._override.coverage.counts()
+        self._coverage.reset()
         try:
             return executor(*args, **kwargs)
         finally:
-            counts = self._override.coverage.counts() - before
-            if counts.calls:
-                logger.info("Sage3: %s", counts)
-            else:
-                logger.warning("Sage3: this model's attention can't be replaced: it never asked for an override")
-            if self._verbose:
-                for line in self._block_lines(counts):
-                    logger.info("Sage3: %s", line)
+            self._log()
 
-    def _block_lines(self, counts: CoverageCounts) -> list[str]:
-        return [
-            f"block {self._layout.name(block) if block is not None else 'none'}: "
-            + ", ".join(f"{kernel} {calls}" for kernel, calls in kernels.items())
-            for block, kernels in counts.by_block().items()
-        ]
+    def _log(self) -> None:
+        blocks = self._coverage.by_block()
+        if not blocks:
+            logger.warning("Sage3: this model never asked for another attention, so this node changed nothing")
+            return
+        logger.info("Sage3: attention calls by kernel: %s", self._coverage)
+        if self._verbose:
+            for block, kernels in blocks.items():
+                name = "outside the blocks" if block is None else f"block {self._layout.name(block)}"
+                logger.info("Sage3: %s: %s", name, ", ".join(f"{kernel} {calls}" for kernel, calls in kernels.items()))
