@@ -367,7 +367,13 @@ def test_counts_are_right_with_many_threads(make):
     assert override.coverage.by_block() == {BLOCK: {"fake_fp4": 200}}
 
 
-def test_a_compiled_model_asks_anew_in_every_block(make):
+def test_a_compiled_model_asks_anew_in_every_block(make, monkeypatch):
+    compiling = []
+
+    def explain(self, q, k, v, **options):
+        compiling.append(torch.compiler.is_compiling())
+        return self.decision
+
     override = make(native_blocks={("double", index): BlockId("double", index) for index in range(3)})
 
     def model(q, k, v):
@@ -376,5 +382,7 @@ def test_a_compiled_model_asks_anew_in_every_block(make):
             q = override(core_attention, q, k, v, HEADS, **as_core_calls(transformer_options=options))
         return q
 
+    monkeypatch.setattr(FakeKernels, "explain", explain)
     torch.compile(model, backend="eager")(*tensors(flat=True))
+    assert compiling == [False] * 3
     assert override.coverage.by_block() == {BlockId("double", index): {"fake_fp4": 1} for index in range(3)}

@@ -189,20 +189,30 @@ def test_two_threads_in_one_model_do_not_mix(tracking):
         first_done.set()
 
     threads = [threading.Thread(target=sample, args=[sigma]) for sigma in seen]
-    for thread in threads:
-        thread.start()
+    threads[0].start()
+    assert inside[0.25].wait(10), "the first to start is also the first to finish: the two are not nested"
+    threads[1].start()
     for thread in threads:
         thread.join()
     assert seen == {0.25: WAN_CALLS, 0.75: WAN_CALLS}
     assert hook_count(model) == 0
 
 
-def test_blocks_of_a_compiled_model_are_tracked(tracking, seen):
+def test_blocks_of_a_compiled_model_are_tracked_by_hooks_that_are_not_compiled(tracking, seen, monkeypatch):
+    compiling = []
+
+    class Evaluation(tracking.ModelEvaluation):
+        def enter(self, module):
+            compiling.append(torch.compiler.is_compiling())
+            super().enter(module)
+
+    monkeypatch.setattr(tracking, "ModelEvaluation", Evaluation)
     model = WanModel(torch.compiler.disable(seen.attend), native_keys=False)
     compiled = torch.compile(model, backend="eager")
     for _ in range(2):
         evaluate(tracking.BlockTracker(False), compiled, run=lambda *args: compiled(args[0], {}))
     assert seen.calls == WAN_CALLS * 2
+    assert compiling == [False] * 2 * (DEPTH + 1)
 
 
 # --- noise level ------------------------------------------------------------------------------------------------------

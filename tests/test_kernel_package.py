@@ -38,7 +38,7 @@ def find(tmp_path):
     """Version and place ("src": the pack's own, "site": installed) of what is found; None for absent."""
 
     def find(*, bundled, installed, metadata=True, before=""):
-        (tmp_path / "pack").mkdir()
+        (tmp_path / "pack" / "sage_kernels").mkdir(parents=True)  # a folder on the path is no package
         if bundled is not None:
             write_package(tmp_path / "pack" / "sage_kernels" / "src", bundled, metadata=False)
             project = f'[project]\nname = "sage-kernels"\nversion = "{bundled}"\n'
@@ -72,8 +72,7 @@ def test_a_package_of_unknown_age_gives_way_to_the_bundled_one(find):
     assert find(bundled="0.2.0", installed="9.0.0", metadata=False) == "0.2.0 src"
 
 
-def test_a_folder_of_that_name_is_no_package(find):
-    """The pack's own folder on the path, as `python -m` puts it there."""
+def test_a_folder_of_that_name_that_was_imported_as_a_package_is_forgotten(find):
     assert find(bundled="0.2.0", installed=None, before="import sage_kernels") == "0.2.0 src"
 
 
