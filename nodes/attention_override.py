@@ -200,7 +200,11 @@ def _with_window(policy: PrecisionPolicy, model_sampling: Any, window: tuple[flo
 
 
 def core_attention() -> Callable[..., Tensor]:
-    """Core's attention as it is without any override; it takes containers."""
+    """Core's attention as it is without any override; it takes containers.
+
+    Except for checkpoints that prefer an attention of their own (core 0.36 and later): core forgets that preference
+    before it asks any override.
+    """
     from comfy.ldm.modules.attention import optimized_attention  # noqa: PLC0415  (tests import this file without core)
 
     return optimized_attention
