@@ -60,8 +60,8 @@ class BlockLayout:
 
     def __str__(self) -> str:
         if len(self.counts) == 1:
-            return f"0-{len(self) - 1}"
-        return ", ".join(f"{type_}.0-{count - 1}" for type_, count in self.counts.items()) or "none"
+            return _range(0, len(self) - 1)
+        return ", ".join(f"{type_}.{_range(0, count - 1)}" for type_, count in self.counts.items()) or "none"
 
     def name(self, block: BlockId) -> str:
         """The shortest way to write `block` in an override: its bare index where the model has one block type."""
@@ -106,7 +106,7 @@ class BlockOverride:
             raise BlockOverrideError("; ".join(problems))
 
     def __str__(self) -> str:
-        blocks = str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+        blocks = _range(self.first, self.last)
         share = str(int(self.share)) if self.share in {0.0, 1.0} else repr(self.share)
         return f"{self.type}." * (self.type is not None) + f"{blocks}: {share}" + " low" * (self.end == "low")
 
@@ -170,6 +170,10 @@ def _missing_blocks(override: BlockOverride, count: int, layout: BlockLayout) ->
     if override.type is not None and count == 0:
         return f"{where} the model has no blocks of type {override.type!r}; it has {layout}"
     if override.type is not None:
-        return f"{where} the model's {override.type} blocks are {override.type}.0-{count - 1}"
-    numbered = f"0-{count - 1}" + (f" ({layout})" if len(layout.counts) > 1 else "") if count else "none"
+        return f"{where} the model's {override.type} blocks are {override.type}.{_range(0, count - 1)}"
+    numbered = _range(0, count - 1) + (f" ({layout})" if len(layout.counts) > 1 else "") if count else "none"
     return f"{where} the model has no block {override.last}; its blocks are {numbered}"
+
+
+def _range(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"

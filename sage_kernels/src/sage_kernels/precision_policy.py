@@ -139,7 +139,7 @@ class PrecisionPolicy:
             return None
         if share.share == 1.0:
             return BLOCK_OVERRIDE
-        if sigma is None or schedule is None or len(schedule) < 2:
+        if sigma is None or schedule is None:
             return SCHEDULE_UNKNOWN
         return BLOCK_OVERRIDE if _in_share(share, sigma, tuple(schedule)) else None
 

@@ -1,0 +1,224 @@
+"""What the node does to a MODEL: everything in the clone, nothing in the original."""
+
+import copy
+import functools
+import logging
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import sage_kernels
+from sage_kernels.block_overrides import BlockId, BlockOverrideError
+
+DEPTH, HEADS = 3, 2
+
+
+class WanModel(nn.Module):
+    """Blocks that call attention as Wan does."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(DEPTH))
+
+    def forward(self, x, transformer_options):
+        for block in self.blocks:
+            x = block(x, transformer_options)
+        return x
+
+
+class Block(nn.Module):
+    def forward(self, x, transformer_options):
+        override = transformer_options.get("optimized_attention_override")
+        if override is None:
+            return core_attention(x, x, x, heads=HEADS)
+        return override(core_attention, x, x, x, heads=HEADS, transformer_options=transformer_options)
+
+
+def core_attention(q, k, v, heads, **kwargs):
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class FakePatcher:
+    """The part of core's ModelPatcher that a patch uses, and a sampling with its wrappers."""
+
+    def __init__(self, diffusion_model):
+        self.model = SimpleNamespace(diffusion_model=diffusion_model, model_sampling=self)
+        self.model_options = {"transformer_options": {}}
+        self.wrappers = {}
+
+    def percent_to_sigma(self, percent):
+        return 1.0 - percent
+
+    def get_model_object(self, name):
+        return getattr(self.model, name)
+
+    def clone(self):
+        other = FakePatcher(self.model.diffusion_model)
+        other.model = self.model
+        other.model_options = copy.deepcopy(self.model_options)
+        other.wrappers = {kind: {key: list(w) for key, w in keys.items()} for kind, keys in self.wrappers.items()}
+        return other
+
+    def add_wrapper_with_key(self, kind, key, wrapper):
+        self.wrappers.setdefault(kind, {}).setdefault(key, []).append(wrapper)
+
+    def remove_wrappers_with_key(self, kind, key):
+        self.wrappers.get(kind, {}).pop(key, None)
+
+    def sample(self, sigmas=(1.0, 0.75, 0.5, 0.25, 0.0)):
+        return self.run("outer_sample", self.steps, torch.tensor(sigmas))
+
+    def steps(self, sigmas):
+        x = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0))
+        for sigma in sigmas[:-1]:
+            options = {**self.model_options["transformer_options"], "sigmas": sigma[None], "sample_sigmas": sigmas}
+            x = x + self.run("apply_model", self.apply_model, x, sigma[None], None, None, None, options)
+        return x
+
+    def apply_model(self, x, t, c_concat, c_crossattn, control, transformer_options):
+        return self.model.diffusion_model(x, transformer_options)
+
+    def run(self, kind, function, *args):
+        for wrapper in (w for wrappers in self.wrappers.get(kind, {}).values() for w in wrappers):
+            function = functools.partial(wrapper, Executor(function, self.model))
+        return function(*args)
+
+
+class Executor:
+    """core's WrapperExecutor: calls the next wrapper or the function itself."""
+
+    def __init__(self, function, class_obj):
+        self.function, self.class_obj = function, class_obj
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+
+@pytest.fixture
+def patching(pack_module, monkeypatch):
+    core = ModuleType("comfy.patcher_extension")
+    core.WrappersMP = SimpleNamespace(APPLY_MODEL="apply_model", OUTER_SAMPLE="outer_sample")
+    monkeypatch.setitem(sys.modules, "comfy", ModuleType("comfy"))
+    monkeypatch.setitem(sys.modules, "comfy.patcher_extension", core)
+    return pack_module("model_patching")
+
+
+@pytest.fixture
+def model():
+    return FakePatcher(WanModel())
+
+
+@pytest.fixture
+def patch(patching):
+    def patch(model, **settings):
+        settings = {"precision": "fp4", "allow_emulation": True, **settings}
+        return patching.patch_model(model, patching.AttentionSettings(**settings), sage_kernels)
+
+    return patch
+
+
+def coverage(patched):
+    return patched.model_options["transformer_options"]["optimized_attention_override"].coverage
+
+
+def test_the_clone_computes_in_fp4_and_the_original_as_ever(patch, model):
+    expected = model.sample()
+    patched = patch(model)
+    assert not torch.equal(patched.sample(), expected)
+    assert coverage(patched).by_block() == {BlockId("double", i): {"fp4_emulated": 4} for i in range(DEPTH)}
+    assert torch.equal(model.sample(), expected)
+    assert (model.model_options, model.wrappers) == ({"transformer_options": {}}, {})
+
+
+@pytest.mark.parametrize("settings", [{"precision": "fp16"}, {"fp16_blocks": "0-2: 1"}, {"min_tokens": 6}])
+def test_what_stays_in_fp16_is_bit_identical(patch, model, settings):
+    assert torch.equal(patch(model, **settings).sample(), model.sample())
+
+
+def test_shares_and_windows_follow_the_noise_level(patch, model):
+    patched = patch(model, fp16_blocks="0: 0.5, 1: 0.25 low")
+    patched.sample()
+    assert coverage(patched).by_block() == {
+        BlockId("double", 0): {"fp16": 2, "fp4_emulated": 2},
+        BlockId("double", 1): {"fp4_emulated": 3, "fp16": 1},
+        BlockId("double", 2): {"fp4_emulated": 4},
+    }
+    windowed = patch(model, start_percent=0.3)
+    windowed.sample()
+    assert coverage(windowed).by_kernel() == {"fp16": 6, "fp4_emulated": 6}
+
+
+def test_a_second_patch_replaces_the_first(patch, model):
+    twice = patch(patch(model), precision="fp16")
+    assert torch.equal(twice.sample(), model.sample())
+    assert {kind: [len(w) for w in keys.values()] for kind, keys in twice.wrappers.items()} == {
+        "apply_model": [1],
+        "outer_sample": [1],
+    }
+
+
+def test_an_override_of_another_node_takes_what_is_left(patch, model):
+    calls = []
+
+    def other(func, *args, **kwargs):
+        calls.append(kwargs["transformer_options"])
+        return func(*args, **kwargs)
+
+    model.model_options["transformer_options"]["optimized_attention_override"] = other
+    patched = patch(patch(model), fp16_blocks="1: 1")
+    patched.sample()
+    assert len(calls) == 4
+    assert coverage(patched).by_kernel() == {"fp4_emulated": 8, "earlier override": 4}
+
+
+def test_two_patches_of_one_model_keep_their_own_policies_and_counts(patch, model):
+    first, second = patch(model, fp16_blocks="0: 1"), patch(model, fp16_blocks="1-2: 1")
+    first.sample()
+    second.sample()
+    assert coverage(first).by_kernel() == {"fp4_emulated": 8, "fp16": 4}
+    assert coverage(second).by_kernel() == {"fp16": 8, "fp4_emulated": 4}
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "part"),
+    [
+        ({"fp16_blocks": "3-1: 2"}, BlockOverrideError, "backwards"),
+        ({"fp16_blocks": "3: 1"}, BlockOverrideError, "its blocks are 0-2"),
+        ({"start_percent": 0.5, "end_percent": 0.5}, ValueError, "must be lower than end_percent"),
+        ({"precision": "fp2"}, ValueError, "fp8_fp4"),
+    ],
+)
+def test_bad_settings_are_a_one_line_error_and_the_model_stays_usable(patch, model, settings, error, part):
+    expected = model.sample()
+    with pytest.raises(error, match=part) as raised:
+        patch(model, **settings)
+    assert "\n" not in str(raised.value)
+    assert torch.equal(model.sample(), expected)
+
+
+def test_a_model_without_known_blocks_is_refused(patch):
+    with pytest.raises(ValueError, match="no transformer blocks are known in Linear"):
+        patch(FakePatcher(nn.Linear(1, 1)))
+
+
+def test_each_sampling_is_counted_and_reported_on_its_own(patch, model, caplog):
+    caplog.set_level(logging.INFO)
+    patched = patch(model, fp16_blocks="2: 1", verbose=True)
+    for _ in range(2):
+        caplog.clear()
+        patched.sample()
+        assert any("fp4_emulated 8" in message and "fp16 4" in message for message in caplog.messages)
+        assert "Sage3: block 2: fp16 4" in caplog.messages
+
+
+def test_a_model_that_never_asks_for_an_override_is_reported(patch, model, caplog):
+    patched = patch(model)
+    for block in model.model.diffusion_model.blocks:
+        block.forward = lambda x, transformer_options: x
+    patched.sample()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "this node changed nothing" in caplog.messages[0]
