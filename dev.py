@@ -67,12 +67,12 @@ def ensure_environment(extra: str) -> Path:
 
 def demo(python: Path, rest: list[str]) -> int:
     """Videos with 16-bit and FP4 attention side by side, into demo_output/."""
-    return subprocess.call([python, "-m", "demo", *rest], cwd=ROOT, env=demo_environment())
+    return hand_over(python, "demo", rest, demo_environment())
 
 
 def train(python: Path, rest: list[str]) -> int:
     """Train the demo model again."""
-    return subprocess.call([python, "-m", "demo.train", *rest], cwd=ROOT, env=demo_environment())
+    return hand_over(python, "demo.train", rest, demo_environment())
 
 
 def test(python: Path, rest: list[str]) -> int:
@@ -83,18 +83,29 @@ def test(python: Path, rest: list[str]) -> int:
     sources = [path for pattern in ("*.cu", "*.cuh", "*.h") for path in (KERNEL_PROJECT / "csrc").rglob(pattern)]
     if sources:
         run(python, "-m", "clang_format", "--dry-run", "--Werror", *sources)
-    return subprocess.call([python, "-m", "pytest", *rest], cwd=ROOT, env=environment())
+    os.chdir(ROOT)
+    return hand_over(python, "pytest", rest, environment())
 
 
 def demo_environment() -> dict[str, str]:
     """The demo is no installed package: it is found through the path."""
     paths = [str(KERNEL_PROJECT), str(KERNEL_PROJECT / "src"), os.environ.get("PYTHONPATH", "")]
-    return {**environment(), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    # PYTHONSAFEPATH: a `demo` in the user's own folder is not taken for ours.
+    return {**environment(), "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
 
 
 def environment() -> dict[str, str]:
     """Threads that wait asleep: spinning ones make a CPU that is also used otherwise ten times slower."""
     return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+
+
+def hand_over(python: Path, module: str, rest: list[str], environ: dict[str, str]) -> int:
+    """Become `python -m module`, so that an interruption reaches it and nobody else; Windows can't, and waits."""
+    command = [str(python), "-m", module, *rest]
+    if os.name == "nt":
+        return subprocess.call(command, env=environ)
+    sys.stdout.flush()
+    os.execve(command[0], command, environ)
 
 
 def run(*command: object) -> None:
