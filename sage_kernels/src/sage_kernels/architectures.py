@@ -16,7 +16,7 @@ _TCGEN05_ONLY = "has FP4 tensor cores, but only behind tcgen05 instructions, whi
 _NO_INT8_MMA = "is older than sm_80, the oldest architecture of the 8-bit kernels"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Architecture:
     """One compute capability.
 
@@ -63,7 +63,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 )
 
 
-@lru_cache
 def find_architecture(capability: tuple[int, int]) -> Architecture:
     """The row of a compute capability; one that can only run 16 bit where the table has none."""
     for architecture in ARCHITECTURES:

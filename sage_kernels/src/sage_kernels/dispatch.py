@@ -1,9 +1,7 @@
 """Choice of the kernel for one call, with the reason of every kernel that was passed over."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-
-import torch
 
 from sage_kernels.architectures import Architecture, device_architecture
 from sage_kernels.attention_call import AttentionCall
@@ -54,17 +52,19 @@ class UnsupportedAttention(RuntimeError):
         )
 
 
-def decide(call: AttentionCall, kernels: tuple[Kernel, ...] = KERNELS) -> Decision:
+def decide(call: AttentionCall, kernels: Sequence[Kernel] = KERNELS) -> Decision:
     """Choose the kernel for `call`. Never raises, never launches anything, never synchronises.
 
     Emulation is slow, so "auto", which asks for the fastest, never chooses it.
     """
     architecture = device_architecture(call.device)
     refusals: list[Refusal] = []
-    for precision in (call.precision,) if call.precision != "auto" else PRECISIONS[1:]:
-        refusal, candidates = _rung(precision, call.device, architecture, kernels)
-        if refusal is not None:
-            refusals.append(refusal)
+    for precision in [call.precision] if call.precision != "auto" else PRECISIONS[1:]:
+        candidates = [kernel for kernel in kernels if kernel.precision == precision]
+        reason = _precision_refusal(precision, call, architecture, candidates)
+        if reason is not None:
+            refusals.append(Refusal(precision, reason))
+            candidates = [kernel for kernel in candidates if kernel.emulated]
         for kernel in candidates:
             if kernel.emulated and call.precision == "auto":
                 continue
@@ -75,23 +75,16 @@ def decide(call: AttentionCall, kernels: tuple[Kernel, ...] = KERNELS) -> Decisi
     return Decision(None, None, tuple(refusals))
 
 
-@lru_cache(maxsize=256)
-def _rung(
-    precision: Precision, device: torch.device, architecture: Architecture | None, kernels: tuple[Kernel, ...]
-) -> tuple[Refusal | None, tuple[Kernel, ...]]:
-    """What doesn't depend on the call: the kernels of a precision that a device could use, and why not the native ones.
-
-    Cached, because this is asked for every attention call of a model.
-    """
-    candidates = tuple(kernel for kernel in kernels if kernel.precision == precision)
-    reason = None
-    if precision != "fp16":
-        if architecture is None:
-            reason = f"needs a CUDA GPU, and the tensors are on {device}"
-        elif precision not in architecture.runnable:
-            reason = f"{architecture.name} ({architecture.products}) {architecture.refusals[precision]}"
-        elif all(kernel.emulated for kernel in candidates):
-            reason = f"this version has no kernel yet for {DESCRIPTIONS[precision]}"
-    if reason is None:
-        return None, candidates
-    return Refusal(precision, reason), tuple(kernel for kernel in candidates if kernel.emulated)
+def _precision_refusal(
+    precision: Precision, call: AttentionCall, architecture: Architecture | None, candidates: Sequence[Kernel]
+) -> str | None:
+    """Why no native kernel can serve a whole precision here, or None."""
+    if precision == "fp16":
+        return None
+    if architecture is None:
+        return f"needs a CUDA GPU, and the tensors are on {call.device}"
+    if precision not in architecture.runnable:
+        return f"{architecture.name} ({architecture.products}) {architecture.refusals[precision]}"
+    if all(kernel.emulated for kernel in candidates):
+        return f"this version has no kernel yet for {DESCRIPTIONS[precision]}"
+    return None
