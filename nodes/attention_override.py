@@ -40,9 +40,10 @@ class Kernels(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KernelCall:
-    """A call that a kernel takes; options are those that the model's arguments don't give."""
+    """A call that a kernel takes, and why not a faster one; options are those that the model's arguments don't give."""
 
     kernel: str
+    reason: str | None
     arguments: AttentionArguments
     options: dict[str, Any]
 
@@ -139,7 +140,7 @@ class AttentionOverride:
         block = running_block(evaluation, self._native_blocks, kwargs.get("transformer_options") or {})
         call = self._decide(block, evaluation, args, kwargs)
         if isinstance(call, KernelCall):
-            self.coverage.record(block, call.kernel)
+            self.coverage.record(block, call.kernel, call.reason)
             return call
         self.coverage.record(block, "fp16" if self.previous is None else "earlier override", call)
         return None
@@ -160,9 +161,10 @@ class AttentionOverride:
             decision = self._kernels.explain(*tensors, **form, **options)
         except (TypeError, ValueError) as error:  # core takes shapes and dtypes that sage_kernels doesn't
             return str(error)
+        reason = "; ".join(str(refusal) for refusal in decision.refusals)
         if decision.kernel in {None, "sdpa"}:
-            return "; ".join(str(refusal) for refusal in decision.refusals)
-        return KernelCall(decision.kernel, arguments, options)
+            return reason
+        return KernelCall(decision.kernel, reason or None, arguments, options)
 
     def _choose(
         self, block: BlockId | None, evaluation: ModelEvaluation | None, arguments: AttentionArguments

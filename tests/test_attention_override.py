@@ -204,6 +204,13 @@ def test_calls_that_the_kernels_refuse_go_to_the_model_unchanged(make, decision,
     assert_left_alone(make(kernels=FakeKernels(decision)), tensors(flat=True), as_core_calls(heads=HEADS), reason)
 
 
+def test_a_kernel_that_is_not_the_fastest_is_counted_with_the_reason(make):
+    decision = Decision("fake_int8", "int8", (Refusal("fp4", "needs Blackwell"),))
+    override = make(kernels=FakeKernels(decision))
+    override(pytest.fail, *tensors(flat=True), HEADS, **as_core_calls())
+    assert str(override.coverage) == "fake_int8 1: fp4: needs Blackwell (1)"
+
+
 def test_gradients_are_left_to_the_model(make):
     qkv = tensors(flat=True)
     qkv[1].requires_grad_()

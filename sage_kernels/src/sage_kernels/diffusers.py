@@ -205,7 +205,7 @@ class Patch:
             arguments = call.arguments() | {"precision": choice.precision, "allow_emulation": self._allow_emulation}
             kernel, reason = _decide(call, arguments)
             if kernel is not None:
-                self.coverage.record(block, kernel)
+                self.coverage.record(block, kernel, reason)
                 output = attention(**arguments)
                 assert isinstance(output, Tensor)
                 return output
@@ -319,16 +319,15 @@ def _sdpa_call(
 
 
 def _decide(call: SdpaCall, arguments: dict[str, Any]) -> tuple[str | None, str | None]:
-    """The quantised kernel for a call, or why it stays in 16 bit."""
+    """The quantised kernel for a call, or None; and why it is not a faster one, if there is a reason."""
     if call.dropout_p:
         return None, "dropout is asked for"
     try:
         decision = explain(**arguments)
     except (TypeError, ValueError) as error:  # torch takes shapes that attention() doesn't, such as three axes
         return None, str(error)
-    if decision.kernel is None or decision.precision == "fp16":
-        return None, "; ".join(str(refusal) for refusal in decision.refusals)
-    return decision.kernel, None
+    reason = "; ".join(str(refusal) for refusal in decision.refusals) or None
+    return (None if decision.precision == "fp16" else decision.kernel), reason
 
 
 def _scheduler_sigma(scheduler: Any) -> tuple[float | None, tuple[float, ...] | None]:
