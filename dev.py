@@ -17,6 +17,10 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 KERNEL_PROJECT = ROOT / "sage_kernels"
 MINIMUM_PYTHON = (3, 10)
+COMFYUI_OPTIONS = {
+    "--comfyui-root": "demo and test: a ComfyUI checkout to run in as well",
+    "--comfyui-python": "demo and test: the Python that has ComfyUI's requirements",
+}
 
 
 def main() -> int:
@@ -31,7 +35,11 @@ def main() -> int:
     parser.add_argument(
         "command", choices=COMMANDS, help="demo: videos side by side; test: all checks; train: the model"
     )
+    for name, help_text in COMFYUI_OPTIONS.items():
+        parser.add_argument(name, type=os.path.abspath, help=help_text)
     arguments, rest = parser.parse_known_args()
+    # With an equals sign: pytest would take a separate DIR for a folder of tests.
+    rest += [f"{name}={value}" for name in COMFYUI_OPTIONS if (value := getattr(arguments, name[2:].replace("-", "_")))]
     python = Path(sys.executable)
     try:
         if not arguments.no_venv:

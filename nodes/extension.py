@@ -11,6 +11,8 @@ class Sage3Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes. Imported here: they import sage_kernels, which must be found first."""
         import_sage_kernels()
+        from .demo_nodes import DEMO_NODES, register_demo_model  # noqa: PLC0415
         from .sage3_attention import Sage3Attention  # noqa: PLC0415
 
-        return [Sage3Attention]
+        register_demo_model()  # not in on_load(), which ComfyUI 0.3.64 doesn't call for node packs
+        return [Sage3Attention, *DEMO_NODES]

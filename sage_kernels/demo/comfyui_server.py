@@ -58,6 +58,8 @@ class ComfyServer:
             raise ComfyServerError(f"{root} is no ComfyUI checkout: it has no main.py")
         self._python = python or checkout_python(self._root)
         self._environment = {**os.environ, **(environment or {})}
+        # main.py imports what lies beside it, which the demo's own setting would forbid.
+        self._environment.pop("PYTHONSAFEPATH", None)
         self._cpu = cpu
         self._start_timeout_s = start_timeout_s
         self._folder: tempfile.TemporaryDirectory[str] | None = None
