@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-PACKAGE_PARENT = Path(__file__).parents[1] / "sage_kernels"
-
-
-@pytest.fixture(scope="module")
-def demo():
-    """Import a module of the demo package by its short name."""
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(f"demo.{name}")
-
-    sys.path.insert(0, str(PACKAGE_PARENT))
-    yield load
-    sys.path.remove(str(PACKAGE_PARENT))
 
 
 @pytest.fixture(scope="module")

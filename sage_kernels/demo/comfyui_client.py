@@ -8,7 +8,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from urllib.parse import quote, urlencode
 from PIL import Image
 
 from .comfyui_events import EventStream
-from .comfyui_workflow import node_types, override_inputs, to_prompt
+from .comfyui_workflow import Workflow, node_types, override_inputs, to_prompt
 
 ProgressCallback = Callable[[int, int], None]
 
+_ANSWER_TIMEOUT_S = 30.0
 _HISTORY_DELAY_S = 10.0  # how long the history may lag behind the event that a prompt is done
 
 
@@ -40,7 +41,7 @@ class WorkflowRun:
         seconds: from queueing to the end.
     """
 
-    frames: list[Image.Image]
+    frames: Sequence[Image.Image]
     outputs: Mapping[str, Mapping[str, Any]]
     calls: Mapping[str, int]
     coverage: str
@@ -49,7 +50,7 @@ class WorkflowRun:
 
 def run_workflow(
     url: str,
-    workflow: Path | Mapping[str, Any],
+    workflow: Path | Workflow,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     on_progress: ProgressCallback | None = None,
     *,
@@ -69,12 +70,11 @@ def run_workflow(
         ComfyUIError: ComfyUI refused the prompt, or a node failed.
         OSError: nothing answers at the url, or not in time.
     """
-    if isinstance(workflow, Path):
-        workflow = json.loads(workflow.read_text(encoding="utf-8"))
+    saved: Workflow = json.loads(workflow.read_text(encoding="utf-8")) if isinstance(workflow, Path) else workflow
     node_info: dict[str, Any] = {}
-    for node_type in node_types(workflow):
+    for node_type in node_types(saved):
         node_info.update(_get_json(url, f"/object_info/{quote(node_type)}"))
-    prompt = override_inputs(to_prompt(workflow, node_info), overrides or {})
+    prompt = override_inputs(to_prompt(saved, node_info), overrides or {})
     client_id = uuid.uuid4().hex
     start = time.monotonic()
     with EventStream(url, client_id, timeout_s) as events:
@@ -89,14 +89,15 @@ def run_workflow(
         for file in output["images"]
     ]
     frames = [Image.open(io.BytesIO(fetch(url, file))) for file in files]
-    report = next((output for output in outputs.values() if "calls" in output), {"calls": [{}], "text": [""]})
-    return WorkflowRun(frames, outputs, report["calls"][0], report["text"][0], seconds)
+    report = next((output for output in outputs.values() if "calls" in output), None)
+    calls, coverage = (report["calls"][0], report["text"][0]) if report else ({}, "")
+    return WorkflowRun(frames, outputs, calls, coverage, seconds)
 
 
 def fetch(url: str, file: Mapping[str, str]) -> bytes:
     """Content of a file that a node reports as {"filename", "subfolder", "type"}."""
     query = urlencode({key: file[key] for key in ("filename", "subfolder", "type")})
-    with urllib.request.urlopen(f"{url}/view?{query}") as response:
+    with urllib.request.urlopen(f"{url}/view?{query}", timeout=_ANSWER_TIMEOUT_S) as response:
         return bytes(response.read())
 
 
@@ -104,7 +105,7 @@ def _queue(url: str, prompt: Mapping[str, Any], client_id: str) -> str:
     body = json.dumps({"prompt": prompt, "client_id": client_id}).encode()
     request = urllib.request.Request(f"{url}/prompt", data=body, headers={"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request) as response:
+        with urllib.request.urlopen(request, timeout=_ANSWER_TIMEOUT_S) as response:
             return str(json.load(response)["prompt_id"])
     except urllib.error.HTTPError as error:
         raise ComfyUIError(f"ComfyUI refused the workflow: {_refusal(error.read())}") from None
@@ -149,5 +150,5 @@ def _history(url: str, prompt_id: str) -> Mapping[str, Any]:
 
 
 def _get_json(url: str, path: str) -> Any:
-    with urllib.request.urlopen(url + path) as response:
+    with urllib.request.urlopen(url + path, timeout=_ANSWER_TIMEOUT_S) as response:
         return json.load(response)
