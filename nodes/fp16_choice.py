@@ -69,11 +69,6 @@ def cell_errors(profile: "CalibrationProfile", precision: str) -> Tensor:
     return torch.from_numpy(cells * _ratio(float(profile.full_error[index]), cells))
 
 
-def predict_error(cells: Tensor, fp16: Tensor) -> float:
-    """Relative L1 of the final latents with the cells of a bool mask [B, N] in FP16."""
-    return math.sqrt(float(cells.square()[~fp16].sum()))
-
-
 def choose_for_error(profile: "CalibrationProfile", precision: str, max_error: float) -> Fp16Choice:
     """The least attention work in FP16 with which the predicted error is at most `max_error`.
 
@@ -194,12 +189,12 @@ def overrides_text(steps: dict[BlockId, tuple[int, NoiseEnd]], layout: BlockLayo
 
 
 def _share(count: int, total: int) -> float:
-    """The shortest number that means `count` of `total` steps."""
+    """A short number that means `count` of `total` steps."""
     return next(share for share in _roundings(count / total) if fp16_steps(share, total) == count)
 
 
 def _roundings(share: float) -> Iterator[float]:
-    for digits in range(17):
+    for digits in range(2, 17):
         yield round(share, digits)
     yield share
 

@@ -80,8 +80,11 @@ def read_profile(path: Path) -> CalibrationProfile:
         ProfileError: the file is missing, damaged, no profile, or of another version.
     """
     try:
+        if path.exists() and not path.is_file():  # reading a pipe or a device might never end
+            raise ProfileError(f"{path.name} can't be read: it is no file")
         with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(min(size, MAX_FILE_BYTES + 1))
     except OSError as error:
         raise ProfileError(f"{path.name} can't be read: {error.strerror}") from None
     try:

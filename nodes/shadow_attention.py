@@ -119,7 +119,7 @@ class ShadowAttention:
         batch, heads, tokens, head_dim = query.shape
         own = _output_heads_first(call, output)
         sums = torch.zeros(len(self._precisions) + 1, heads, device=query.device)
-        rows = sampled_rows(tokens, self._rows).to(query.device)
+        rows = sampled_rows(tokens, self._rows, query.device)
         options = {"scale": call.scale, "enable_gqa": call.enable_gqa, "allow_emulation": self._allow_emulation}
         for example, head, kv_head in _chunks(batch, heads, key):
             q, k, v = query[example, head][:, :, rows], key[example, kv_head], value[example, kv_head]
@@ -148,15 +148,15 @@ class ShadowAttention:
         return None
 
 
-def sampled_rows(tokens: int, rows: int) -> Tensor:
+def sampled_rows(tokens: int, rows: int, device: torch.device) -> Tensor:
     """Indices of the query rows to look at: whole blocks of 128, spread evenly; all rows where there are fewer."""
     blocks = tokens // ROW_BLOCK
     wanted = max(1, rows // ROW_BLOCK)
     if blocks == 0:
-        return torch.arange(tokens)
+        return torch.arange(tokens, device=device)
     wanted = min(wanted, blocks)
-    starts = (torch.arange(wanted) * 2 + 1) * blocks // (2 * wanted) * ROW_BLOCK
-    return (starts[:, None] + torch.arange(ROW_BLOCK)).flatten()
+    starts = (torch.arange(wanted, device=device) * 2 + 1) * blocks // (2 * wanted) * ROW_BLOCK
+    return (starts[:, None] + torch.arange(ROW_BLOCK, device=device)).flatten()
 
 
 def _chunks(batch: int, heads: int, key: Tensor) -> Iterator[tuple[slice, slice, slice]]:
