@@ -83,7 +83,8 @@ class FakePatcher:
         return self.model.diffusion_model(x, transformer_options)
 
     def run(self, kind, function, *args):
-        for wrapper in (w for wrappers in self.wrappers.get(kind, {}).values() for w in wrappers):
+        wrappers = [wrapper for of_key in self.wrappers.get(kind, {}).values() for wrapper in of_key]
+        for wrapper in reversed(wrappers):  # the first is the outermost
             function = functools.partial(wrapper, Executor(function, self.model))
         return function(*args)
 
@@ -156,7 +157,7 @@ def test_a_second_patch_replaces_the_first(patch, model):
     twice = patch(patch(model), precision="fp16")
     assert torch.equal(twice.sample(), model.sample())
     assert {kind: [len(w) for w in keys.values()] for kind, keys in twice.wrappers.items()} == {
-        "apply_model": [1],
+        "apply_model": [2],  # sentinel and tracker
         "outer_sample": [1],
     }
 
