@@ -51,8 +51,8 @@ def model_overrides(model: Any) -> tuple[list[str], list[str]]:
         lines.append(f"an attention override of {origin(holder)}")
         if patched_by_us:
             fixes.append(
-                f"A node after Sage3 Attention has replaced it by {origin(holder)}: remove or bypass that node, or put it "
-                "before Sage3 Attention."
+                f"A node after Sage3 Attention has replaced it by {origin(holder)}: remove or bypass that node, or "
+                "put it before Sage3 Attention."
             )
     return lines, fixes
 

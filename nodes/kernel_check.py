@@ -1,7 +1,7 @@
 """A live test of every kernel against torch's own attention, in a process of its own: a CUDA error there stays there.
 
-As a script: kernel_check.py FOLDER_OF_SAGE_KERNELS FIRST. It runs the cases from number FIRST on, and prints one line of
-JSON when a case starts and one when it is done, so that the process that started it knows which one was fatal.
+As a script: kernel_check.py FOLDER_OF_SAGE_KERNELS FIRST. It runs the cases from number FIRST on, and prints one line
+of JSON when a case starts and one when it is done, so that the process that started it knows which one was fatal.
 """
 
 import json

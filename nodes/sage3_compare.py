@@ -7,7 +7,6 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from .comparison import MODES, compose, preview_frames, sample_run, write_report
-from .sampling_report import text_on_node
 from .schema_features import search_aliases
 
 
@@ -63,7 +62,6 @@ class Sage3Compare(io.ComfyNode):
                 io.Latent.Output(display_name="latent_a"),
                 io.Latent.Output(display_name="latent_b"),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -95,8 +93,6 @@ class Sage3Compare(io.ComfyNode):
         else:
             decoded = pictures = _decode(vae, latents[0]), _decode(vae, latents[1])
         text = write_report(run_a, run_b, decoded)
-        if cls.hidden is not None and cls.hidden.unique_id is not None:
-            text_on_node(cls.hidden.unique_id)(text)
         frames = compose(*pictures, mode)
         return io.NodeOutput(frames, text, run_a.latent, run_b.latent, ui=ui.PreviewText(text))
 

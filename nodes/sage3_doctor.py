@@ -15,7 +15,6 @@ from comfy_api.latest import io, ui
 from .doctor_findings import global_patches, launch_flags, model_overrides
 from .kernel_check import check_kernels
 from .kernel_package import PACK_ROOT, import_sage_kernels
-from .sampling_report import text_on_node
 from .schema_features import search_aliases
 
 _NEIGHBOURS = ("sageattention", "sageattn3", "flash-attn", "xformers", "triton", "triton-windows", "comfy-kitchen")
@@ -42,7 +41,6 @@ class Sage3Doctor(io.ComfyNode):
                 )
             ],
             outputs=[io.String.Output(display_name="report")],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -55,8 +53,6 @@ class Sage3Doctor(io.ComfyNode):
     def execute(cls, model: Any = None) -> io.NodeOutput:
         """Look at everything; takes some seconds."""
         text = report(model, import_sage_kernels())
-        if cls.hidden is not None and cls.hidden.unique_id is not None:
-            text_on_node(cls.hidden.unique_id)(text)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 

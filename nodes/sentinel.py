@@ -3,7 +3,7 @@
 Nothing waits for the GPU in an attention call. Each watched call leaves one number on the device, the sum of its
 output, which is non-finite if anything in it is; an evaluation of the model reads them all at once when it is over,
 before the sampler sees its result. The model's own output is read after every evaluation, so that nothing non-finite
-passes; single calls are watched on the first evaluations of a sampling, on every few after, and where the output is bad.
+passes; single calls are watched on the first evaluations of a sampling, on every few after, and where that is bad.
 """
 
 import logging
