@@ -12,7 +12,7 @@ from .kernel_package import import_sage_kernels
 from .model_families import block_layout, find_blocks, find_family
 from .model_patching import AttentionSettings, patch_model
 from .sampling_report import text_on_node
-from .schema_features import advanced, search_aliases
+from .schema_options import advanced, search_aliases
 
 
 class Sage3Attention(io.ComfyNode):

@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from .comparison import MODES, compose, preview_frames, sample_run, write_report
-from .schema_features import search_aliases
+from .schema_options import search_aliases
 
 
 class Sage3Compare(io.ComfyNode):

@@ -15,7 +15,7 @@ from comfy_api.latest import io, ui
 from .doctor_findings import global_patches, launch_flags, model_overrides
 from .kernel_check import check_kernels
 from .kernel_package import PACK_ROOT, import_sage_kernels
-from .schema_features import search_aliases
+from .schema_options import search_aliases
 
 _NEIGHBOURS = ("sageattention", "sageattn3", "flash-attn", "xformers", "triton", "triton-windows", "comfy-kitchen")
 
