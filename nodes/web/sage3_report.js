@@ -15,7 +15,7 @@ function reportWidget(node) {
   const element = widget.inputEl ?? widget.element;
   if (element) element.readOnly = true;
   const button = node.addWidget("button", "Copy report", null, () => copy(widget.value, element));
-  button.serialize = false;
+  button.serialize = button.options.serialize = false;
   return widget;
 }
 
