@@ -1,11 +1,12 @@
 """A calibration's choice for a goal, held against the sampling that it leads to."""
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
 
-from .calibration import relative_l1
 from .fp16_choice import Fp16Choice, choose_for_error, choose_for_slowdown
+from .frame_metrics import relative_l1
 from .profile import CalibrationProfile
 
 GOALS = ("max_error", "max_slowdown")
@@ -40,14 +41,14 @@ def choose(
         raise ValueError(f"goal must be one of {', '.join(GOALS)}, got {goal!r}")
     if goal == "max_slowdown":
         choice = choose_for_slowdown(profile, precision, value)
-        return choice, float(relative_l1(sample(choice.text), expected))
+        return choice, relative_l1(sample(choice.text), expected)
     aim = value
     for _ in range(_ATTEMPTS):
         choice = choose_for_error(profile, precision, aim)
-        measured = float(relative_l1(sample(choice.text), expected))
+        measured = relative_l1(sample(choice.text), expected)
         if measured <= value:
             return choice, measured
-        aim *= 0.95 * value / measured
+        aim *= 0.95 * value / measured if math.isfinite(measured) else 0.0
     return choose_for_error(profile, precision, 0.0), 0.0
 
 

@@ -22,6 +22,7 @@ from sage_kernels.precision_policy import PrecisionPolicy, noise_rank
 from .attention_override import AttentionOverride
 from .block_tracking import BlockTracker
 from .fp16_choice import segments
+from .frame_metrics import relative_l1
 from .model_families import block_layout, find_blocks, find_family
 from .model_fingerprint import model_fingerprint
 from .model_patching import OVERRIDE_KEY, WRAPPER_KEY
@@ -114,11 +115,6 @@ def calibrate(
         with run.low_precision(precision, range(len(run.schedule) - 1)):
             full[index] = relative_l1(sample(run.model), expected)
     return run.profile(parts, full), expected
-
-
-def relative_l1(output: Tensor, expected: Tensor) -> Tensor:
-    """sum|a - b| / sum|b| as a float32 scalar on the device."""
-    return (output.float() - expected.float()).abs().sum() / expected.float().abs().sum().clamp(min=1e-30)
 
 
 class _Calibration:
@@ -250,7 +246,7 @@ class _Calibration:
             row = []
             for group in self._groups:
                 self._progress()
-                row.append(relative_l1(self._with(self._override(precision, group), evaluate), expected))
+                row.append(_effect(self._with(self._override(precision, group), evaluate), expected))
             effects.append(row)
         return effects
 
@@ -293,6 +289,11 @@ class _Calibration:
             weights = weights / weights.square().sum(dim=1, keepdim=True).sqrt()
             sensitivity[:, members] = effects[:, number, None] * weights
         return sensitivity
+
+
+def _effect(output: Tensor, expected: Tensor) -> Tensor:
+    """sum|a - b| / sum|b| that stays on the device."""
+    return (output.float() - expected.float()).abs().sum() / expected.float().abs().sum().clamp(min=1e-30)
 
 
 def _bounded(errors: Tensor) -> Tensor:

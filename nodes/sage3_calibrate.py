@@ -3,7 +3,6 @@
 from typing import Any
 
 import comfy.model_management
-import comfy.sample
 import comfy.samplers
 import comfy.utils
 from comfy_api.latest import io
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from .calibrated_choice import choose, report
 from .calibration import CalibrationSettings, calibrate, evaluations
+from .comparison import sample_run
 from .fp16_choice import cell_errors, fp16_mask
 from .heat_map import draw_heat_map
 from .kernel_package import import_sage_kernels
@@ -136,17 +136,12 @@ class Sage3Calibrate(io.ComfyNode):
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update(1)
 
-        latents = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
-        noise = comfy.sample.prepare_noise(latents, seed, latent_image.get("batch_index"))
+        run = {"seed": seed, "steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
+        interrupted = comfy.model_management.throw_exception_if_processing_interrupted
 
         def sample(patched: Any) -> Tensor:
-            return comfy.sample.sample(
-                *(patched, noise, steps, cfg, sampler_name, scheduler, positive, negative, latents),
-                noise_mask=latent_image.get("noise_mask"),
-                callback=lambda *_: comfy.model_management.throw_exception_if_processing_interrupted(),
-                disable_pbar=True,
-                seed=seed,
-            )
+            sampled = sample_run(patched, latent_image, {**run, "denoise": 1.0}, positive, negative, interrupted)
+            return sampled.latent["samples"]
 
         def patch(fp16_blocks: str) -> Any:
             chosen = AttentionSettings(precision, fp16_blocks, min_tokens=min_tokens, allow_emulation=allow_emulation)

@@ -83,7 +83,7 @@ def measure(nodes: Callable[[str], ModuleType]) -> list[dict[str, Any]]:
 
     def error(clip: tuple[int, int, int], text: str, expected: Any) -> float:
         patched = patching.patch_model(model, patching.AttentionSettings("fp4", text, allow_emulation=True), kernels)
-        return float(calibration.relative_l1(draw(patched, clip), expected))
+        return float(nodes("frame_metrics").relative_l1(draw(patched, clip), expected))
 
     rows = []
     for clip in OTHER_CLIPS:
