@@ -21,7 +21,8 @@ PACK_NAME = "sage3_pack"
 def start_comfyui() -> None:
     """Import ComfyUI with the options of a server on the CPU."""
     sys.path.insert(0, COMFYUI_ROOT)
-    sys.argv = ["main.py", "--cpu", "--base-directory", BASE_FOLDER]
+    # On the CPU core's default is an attention that GPUs don't use, and that fails on the masks of LTX-Video.
+    sys.argv = ["main.py", "--cpu", "--use-pytorch-cross-attention", "--base-directory", BASE_FOLDER]
     import comfy.options  # noqa: PLC0415
 
     comfy.options.enable_args_parsing()
