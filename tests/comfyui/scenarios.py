@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -15,6 +16,7 @@ from family_models import FamilyMissingError
 from tiny_models import TinyModel, build, transformer_blocks
 
 Nodes = dict[str, Any]
+PACK_ROOT = Path(__file__).resolve().parents[2]
 OVERRIDE_KEY = "optimized_attention_override"
 ALL_FP4 = {"precision": "fp4", "allow_emulation": True, "min_tokens": 0}
 STEPS = 3
@@ -180,6 +182,13 @@ def bad_blocks(nodes: Nodes, text: str) -> dict[str, Any]:
     else:
         message = None
     return {"message": message, "model_is_usable": torch.equal(model.sample(), before)}
+
+
+def registry_metadata(nodes: Nodes) -> dict[str, Any]:
+    """What ComfyUI reads from the pack's pyproject.toml, as the Registry does."""
+    from comfy_config.config_parser import extract_node_configuration  # noqa: PLC0415
+
+    return extract_node_configuration(PACK_ROOT).model_dump()
 
 
 def count_hooks(model: TinyModel) -> int:
