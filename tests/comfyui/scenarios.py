@@ -26,7 +26,7 @@ OUTSIDE = "outside"  # attention of no block
 def patch(nodes: Nodes, patcher: Any, **settings: Any) -> Any:
     """The MODEL that the node Sage3Attention gives, with the node's defaults for what isn't set."""
     node = nodes["Sage3Attention"]
-    defaults = {item.id: item.default for item in node.define_schema().inputs if item.id != "model"}
+    defaults = {item.id: item.default for item in node.define_schema().inputs if hasattr(item, "default")}
     return node.execute(model=patcher, **{**defaults, **settings}).args[0]
 
 

@@ -5,6 +5,7 @@ each with one line, {"result"} or {"error"}. Whatever ComfyUI prints goes to std
 """
 
 import asyncio
+import importlib
 import importlib.util
 import json
 import os
@@ -44,12 +45,12 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     start_comfyui()
     nodes = load_pack()
-    import scenarios  # noqa: PLC0415  (imports comfy)
-
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            reply = {"result": getattr(scenarios, request["scenario"])(nodes, **request["arguments"])}
+            module, _, scenario = request["scenario"].rpartition(".")
+            run = getattr(importlib.import_module(module or "scenarios"), scenario)
+            reply = {"result": run(nodes, **request["arguments"])}
         except Exception:
             reply = {"error": traceback.format_exc()}
         print(json.dumps(reply), file=answers, flush=True)
