@@ -68,7 +68,7 @@ class CalibrationSettings:
 
 
 def evaluations(settings: CalibrationSettings, blocks: int, steps: int) -> int:
-    """Evaluations of the model that a calibration takes with a sampler of one evaluation per step."""
+    """At most how often a calibration evaluates the model, with a sampler of one evaluation per step."""
     looked_at = min(settings.steps_looked_at, steps)
     precisions = len(settings.precisions)
     return steps + precisions * (looked_at * min(blocks, settings.max_groups) + (looked_at + 1) * steps)
@@ -194,7 +194,7 @@ class _Calibration:
             precisions=settings.precisions,
             heads=heads,
             errors=errors,
-            sensitivity=_bounded(self._sensitivity(errors)),
+            sensitivity=_bounded(self._sensitivity(errors, heads)),
             final_errors=_bounded(final_errors),
             full_error=_bounded(full_error),
             attention_share=self._shadow.attention_share(),
@@ -273,10 +273,10 @@ class _Calibration:
             self.steps = middle_steps(len(self.schedule) - 1, self._settings.steps_looked_at)
         return noise_rank(float(timestep.flatten()[0]), self.schedule)
 
-    def _sensitivity(self, errors: Tensor) -> Tensor:
+    def _sensitivity(self, errors: Tensor, heads: tuple[int, ...]) -> Tensor:
         """[P, B, S] from the groups' effects: a group's is split in quadrature, by the errors of its blocks."""
         effects = torch.stack([torch.stack([torch.stack(row) for row in step]) for step in self._effects], dim=-1).cpu()
-        by_block = errors.square().mean(dim=2).sqrt()
+        by_block = (errors.square().sum(dim=2) / torch.tensor(heads)[:, None].clamp(min=1)).sqrt()
         rows = {block: row for row, block in enumerate(self._layout)}
         sensitivity = torch.zeros_like(by_block)
         for number, group in enumerate(self._groups):

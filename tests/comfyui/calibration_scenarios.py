@@ -12,7 +12,7 @@ from scenarios import ALL_FP4, OVERRIDE_KEY, Nodes, count_hooks, patch
 from tiny_models import TinyModel, build
 
 STEPS = 6
-DEMO_STEPS = 8
+DEMO_STEPS = 6
 
 
 def calibrate(nodes: Nodes, model: TinyModel, **settings: Any) -> tuple[Any, ...]:
