@@ -13,8 +13,11 @@ class Sage3Extension(ComfyExtension):
         import_sage_kernels()
         from .demo_nodes import DEMO_NODES, register_demo_model  # noqa: PLC0415
         from .sage3_attention import Sage3Attention  # noqa: PLC0415
+        from .sage3_calibrate import Sage3Calibrate  # noqa: PLC0415
         from .sage3_compare import Sage3Compare  # noqa: PLC0415
         from .sage3_doctor import Sage3Doctor  # noqa: PLC0415
+        from .sage3_profiles import Sage3ProfileLoad, Sage3ProfileSave  # noqa: PLC0415
 
         register_demo_model()  # not in on_load(), which ComfyUI 0.3.64 doesn't call for node packs
-        return [Sage3Attention, Sage3Compare, Sage3Doctor, *DEMO_NODES]
+        pack = [Sage3Attention, Sage3Calibrate, Sage3Compare, Sage3Doctor, Sage3ProfileLoad, Sage3ProfileSave]
+        return [*pack, *DEMO_NODES]
