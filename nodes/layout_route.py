@@ -1,7 +1,7 @@
 """GET /sage3/layout?model=FILE: the blocks of a model file, for the slider strip before the first run.
 
-Answers {"family", "blocks": [{"name", "type", "index"}, ...]}, or {"error"} with status 400, 404 or 422. Reads nothing but
-the header of a safetensors file that ComfyUI's own loaders list.
+Answers {"family", "blocks": [{"name", "type", "index"}, ...]}, or {"error"} with status 400, 404 or 422. Reads nothing
+but the header of a safetensors file that ComfyUI's own loaders list.
 """
 
 import asyncio

@@ -27,7 +27,7 @@ class NodeStrip {
       undo: () => this.goBack(this.history.undo()),
       redo: () => this.goBack(this.history.redo()),
       commit: announceChange,
-      passWheel: passWheel,
+      passWheel,
     });
     this.show();
   }
@@ -130,7 +130,11 @@ function attachStrip(node) {
   chain(node, "onConnectionsChange", () => strip.refresh());
   chain(node, "onExecuted", (message) => strip.takeReport(message?.sage3?.[0]));
   // No event tells that a loader further up took another file, in neither rendering.
-  const timer = setInterval(() => strip.refresh(), REFRESH_MS);
+  let timer = 0;
+  chain(node, "onAdded", () => {
+    clearInterval(timer);
+    timer = setInterval(() => strip.refresh(), REFRESH_MS);
+  });
   chain(node, "onRemoved", () => clearInterval(timer));
   const [width, height] = node.computeSize();
   node.setSize([Math.max(node.size[0], width, MIN_WIDTH), Math.max(node.size[1], height)]);

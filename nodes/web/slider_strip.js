@@ -132,6 +132,7 @@ export class SliderStrip {
     this.shape = shape;
     this.active = Math.min(this.active, Math.max(slots.length - 1, 0));
     this.sliders = slots.map((slot, position) => this.#makeSlider(slot, position, slots.length, Boolean(blocks)));
+    this.plot.toggleAttribute("data-entries", !blocks);
     const types = blocks ? blockTypes(blocks) : [];
     if (types.length > 1) {
       const groups = types.map((type) => {

@@ -1,10 +1,9 @@
 """The blocks of a model file, told from its header alone."""
 
-import asyncio
 import json
 import struct
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 
@@ -165,10 +164,3 @@ def test_only_what_the_loaders_list_is_opened(route, models, name):
     with pytest.raises(route.LayoutError) as caught:
         route.model_layout(name.format(secret))
     assert caught.value.status == 404
-
-
-def test_errors_are_answered_as_json(route, models):
-    pytest.importorskip("aiohttp", reason="aiohttp, which ComfyUI brings, is not installed")
-    response = asyncio.run(route.answer(SimpleNamespace(query={})))
-    assert response.status == 400
-    assert "model is missing" in json.loads(response.text)["error"]
