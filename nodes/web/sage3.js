@@ -9,7 +9,7 @@ import { applyPreset, readSlots, TextHistory, writeSlots } from "./strip_state.j
 const NODE = "Sage3Attention";
 const TEXT_WIDGET = "fp16_blocks";
 const STRIP_WIDGET = "fp16_strip";
-const MIN_HEIGHT = 176;
+const MIN_HEIGHT = 196; // of the style sheet, and the canvas's margin of 10 above and below
 const MIN_WIDTH = 400;
 const REFRESH_MS = 400;
 

@@ -17,6 +17,7 @@ export class StripGestures {
     this.#strip = strip;
     const { element, plot } = strip;
     plot.addEventListener("pointerdown", (event) => this.#press(event));
+    plot.addEventListener("mousedown", (event) => event.preventDefault()); // else it takes the focus from the slider
     plot.addEventListener("pointermove", (event) => this.#move(event));
     plot.addEventListener("pointerup", () => this.#release());
     plot.addEventListener("pointercancel", () => this.#release());

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 WINDOW = (1500, 1000)
 TIMEOUT_S = 30
+NODES_2_FINISHED = (1, 41)
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # What a first start would put in front of the graph, and animations that a pointer would have to wait for.
 SETTINGS = {
@@ -90,31 +90,32 @@ def driver() -> Iterator[Any]:
         running.quit()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def page(driver: Any, server: Any) -> Page:
     """Not opened yet."""
     return Page(driver, server.url)
 
 
-@pytest.fixture(params=["canvas", "nodes_2"])
+@pytest.fixture(scope="session", params=["canvas", "nodes_2"])
 def opened(request: pytest.FixtureRequest, page: Page) -> Page:
     """Opened in the current rendering and in Nodes 2.0."""
     page.open()
     if request.param == "nodes_2":
-        if page.frontend_version < (1, 41):
-            pytest.skip(f"frontend {page.frontend_version} has no finished Nodes 2.0 rendering; it came with 1.41")
+        if page.frontend_version < NODES_2_FINISHED:
+            pytest.skip(f"frontend {page.frontend_version} is older than {NODES_2_FINISHED}: no finished Nodes 2.0")
         page.open(nodes_2=True)
     return page
 
 
 @pytest.fixture
-def save_screenshot(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Any, str], Path]:
-    """Save an element's picture, into the folder of --screenshots if given."""
-    folder = Path(request.config.getoption("--screenshots") or tmp_path)
+def save_screenshot(request: pytest.FixtureRequest) -> Callable[[Any, str], None]:
+    """Save an element's picture into the folder of --screenshots, where one is given."""
+    folder = request.config.getoption("--screenshots")
 
-    def save(element: Any, name: str) -> Path:
-        path = folder / f"{name}.png"
-        path.write_bytes(element.screenshot_as_png)
-        return path
+    def save(element: Any, name: str) -> None:
+        picture = element.screenshot_as_png
+        assert picture.startswith(b"\x89PNG")
+        if folder:
+            (Path(folder) / f"{name}.png").write_bytes(picture)
 
     return save
