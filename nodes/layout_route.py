@@ -7,6 +7,7 @@ but the header of a safetensors file that ComfyUI's own loaders list.
 import asyncio
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ class LayoutError(Exception):
 
 
 def register_layout_route() -> None:
-    """Add the route to ComfyUI's server; nothing where there is none, as in scripts that load nodes on their own."""
-    from server import PromptServer  # noqa: PLC0415  (ComfyUI's; tests import this file without it)
-
-    instance = getattr(PromptServer, "instance", None)
+    """Add the route to ComfyUI's server; nothing where none was started, as in scripts that load nodes on their own."""
+    # Not imported: ComfyUI has done so before it loads nodes, and doing so without it has effects of its own.
+    server = getattr(sys.modules.get("server"), "PromptServer", None)
+    instance = getattr(server, "instance", None)
     if instance is not None:
         instance.routes.get("/sage3/layout")(answer)
 

@@ -17,7 +17,6 @@ CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Workflow.ShowMissingModelsWarning": False,
-    "Comfy.Workflow.Persist": False,
     "Comfy.Graph.CanvasInfo": False,
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasMenu": False,

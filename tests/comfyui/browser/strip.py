@@ -53,7 +53,7 @@ class Strip:
         self.page.run("await app.loadGraphData(args[0])", workflow)
         self.page.run(
             f"{NODE} app.canvas.ds.scale = 1; app.canvas.ds.offset = [260 - node.pos[0], 120 - node.pos[1]];"
-            "app.canvas.deselectAll?.(); app.canvas.setDirty(true, true)"
+            "app.canvas.setDirty(true, true)"
         )
         self.page.wait("return document.querySelectorAll('.sage3-strip').length === 1")
         self.page.wait(

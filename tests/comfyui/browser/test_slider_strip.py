@@ -208,7 +208,7 @@ def test_a_run_tells_the_blocks_and_their_sensitivity(strip):
 def test_another_model_further_up_gives_other_sliders(strip):
     strip.report("Wan", {"double": 7})
     strip.page.run(
-        "const loader = app.graph.nodes.find(({type}) => type === 'UNETLoader'); loader.widgets[0].value = 'absent.gguf'"
+        "app.graph.nodes.find(({type}) => type === 'UNETLoader').widgets[0].value = args[0]", "absent.safetensors"
     )
     strip.wait_for_sliders(0)
     assert "no loader lists a model of this name" in strip.status
@@ -251,6 +251,8 @@ def test_pictures_of_the_documentation(strip, opened, save_screenshot):
     strip.drag((4, 0.6))
     strip.drag((4, 0.6), key=Keys.SHIFT)
     save_screenshot(strip.element, f"strip_demo_{name}")
+    if name == "nodes2":
+        save_screenshot(strip.element.find_element(By.XPATH, "ancestor::*[@data-node-id][1]"), "node_nodes2")
     strip.resize(420)
     # Error at both ends and in a few blocks between, as calibrations of video models show it.
     heat = [math.exp(-index / 4) + 0.8 * math.exp(-(39 - index) / 2) + 0.4 * (index in {13, 26}) for index in range(40)]
