@@ -1,8 +1,8 @@
 """ComfyUI's calling conventions of attention, read into one form that sage_kernels takes.
 
 optimized_attention(q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **kwargs), any of the last
-five by keyword. q, k, v are [B, N, H * D], or [B, H, N, D] with skip_reshape; the output is [B, Nq, H * D], or
-[B, H, Nq, D] with skip_output_reshape.
+five by keyword. q, k, v are [B, N, H * D], or [B, H, N, D] with skip_reshape; core also takes k and v as [B, N, H, D]
+without it, and Stable Diffusion 3 gives v so. The output is [B, Nq, H * D], or [B, H, Nq, D] with skip_output_reshape.
 """
 
 from collections.abc import Mapping, Sequence
@@ -86,7 +86,7 @@ def read_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> AttentionA
     layout = "BHND" if call.get("skip_reshape", False) else "BNHD"
     if layout == "BNHD":
         head_dim = q.shape[-1] // call["heads"]
-        q, k, v = (tensor.unflatten(-1, (-1, head_dim)) for tensor in (q, k, v))
+        q, k, v = (tensor if tensor.ndim == 4 else tensor.unflatten(-1, (-1, head_dim)) for tensor in (q, k, v))
     mask = call.get("mask")
     if mask is not None:
         mask = mask[None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
@@ -116,7 +116,7 @@ def _shape_refusal(call: Mapping[str, Any]) -> str | None:
         return f"a mask with {mask.ndim} axes"
     if call.get("skip_reshape", False):
         return None if q.ndim == 4 and q.shape[1] == heads else "q is not [B, heads, N, D]"
-    if not q.ndim == k.ndim == v.ndim == 3 or q.shape[-1] % heads:
+    if q.ndim != 3 or not {k.ndim, v.ndim} <= {3, 4} or q.shape[-1] % heads:
         return "q, k and v are not [B, N, heads * D]"
     head_dim = q.shape[-1] // heads
     return "k and v don't have q's head_dim" if k.shape[-1] % head_dim or v.shape[-1] % head_dim else None

@@ -17,9 +17,12 @@ from sage_kernels.coverage import Coverage
 from sage_kernels.precision_policy import SIGMA_UNKNOWN, Choice, PrecisionPolicy
 
 from .attention_arguments import AttentionArguments, read_arguments
+from .attention_timing import BASELINE, FP16, AttentionTimer, CallShape
 from .block_tracking import ModelEvaluation, current_evaluation, running_block
+from .sentinel import KEPT_IN_FP16, RECOMPUTED, Sentinel, current_watch
 
 WHOLE_RUN = (0.0, 1.0)
+EARLIER_OVERRIDE = "earlier override"
 
 
 class Kernels(Protocol):
@@ -38,12 +41,26 @@ class Kernels(Protocol):
         """Do the other half."""
 
 
+@dataclasses.dataclass(frozen=True)
+class CallSite:
+    """Who computes a call and for whom: what is left of it once its tensors are freed.
+
+    Attributes:
+        block: the block that is calling.
+        kernel: a kernel's name, "fp16" for the model's own attention, or "earlier override".
+        shape: None where the arguments can't be read.
+    """
+
+    block: BlockId | None
+    kernel: str
+    shape: CallShape | None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class KernelCall:
-    """A call that a kernel takes, and why not a faster one; options are those that the model's arguments don't give."""
+    """A call that a kernel takes; options are those that the model's arguments don't give."""
 
-    kernel: str
-    reason: str | None
+    site: CallSite
     arguments: AttentionArguments
     options: dict[str, Any]
 
@@ -61,6 +78,8 @@ class AttentionOverride:
         window: start and end percent of the sampling between which kernels are used.
         previous: the override that was there before, called where this one steps aside.
         allow_emulation: passed on to sage_kernels.
+        sentinel: says which blocks must not run in low precision any more.
+        measure_speedup: time the model's own attention beside the kernels, on a few calls of each shape.
     """
 
     def __init__(
@@ -72,8 +91,11 @@ class AttentionOverride:
         window: tuple[float, float] = WHOLE_RUN,
         previous: Callable[..., Any] | None = None,
         allow_emulation: bool = False,
+        sentinel: Sentinel | None = None,
+        measure_speedup: bool = False,
     ) -> None:
         self.coverage = Coverage()
+        self.timer = AttentionTimer()
         self.previous = previous
         self._policy = policy
         self._kernels = kernels
@@ -81,6 +103,8 @@ class AttentionOverride:
         self._window = window
         self._windowed: tuple[weakref.ref[Any], PrecisionPolicy] | None = None
         self._allow_emulation = allow_emulation
+        self._sentinel = sentinel
+        self._measure_speedup = measure_speedup
         # A compiled model must ask anew in every block and step, not bake in the first answer.
         self._attend_eagerly = torch.compiler.disable(self._attend)
         self._attend_containers_eagerly = torch.compiler.disable(self._attend_containers)
@@ -89,6 +113,18 @@ class AttentionOverride:
     def reads_sigma(self) -> bool:
         """Whether the noise level makes a difference."""
         return self._window != WHOLE_RUN or self._policy.depends_on_step
+
+    @property
+    def bad_blocks(self) -> frozenset[BlockId]:
+        """Blocks that gave non-finite numbers in low precision."""
+        return frozenset() if self._sentinel is None else self._sentinel.bad_blocks
+
+    def start_sampling(self) -> None:
+        """Forget counts and times, for a new run."""
+        self.coverage.reset()
+        self.timer.reset()
+        if self._sentinel is not None:
+            self._sentinel.start()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionOverride":
         """Itself: cloning a ModelPatcher copies its options deeply, and the counts are to be in one place."""
@@ -104,24 +140,35 @@ class AttentionOverride:
 
     def _attend(self, func: Callable[..., Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
         call = self._plan(args, kwargs)
-        if call is None:
-            # _inside_attn_wrapper stays in kwargs: without it core would call this override again.
-            return func(*args, **kwargs) if self.previous is None else self.previous(func, *args, **kwargs)
-        tensors, options = call.arguments.for_kernels()
-        return call.arguments.output_form.apply(self._kernels.attention(*tensors, **options, **call.options))
+        if isinstance(call, CallSite):
+            return self._compute(call, lambda: self._step_aside(func, args, kwargs))
+        self._time_baseline(call.site, func, args, kwargs)
+        tensors, form = call.arguments.for_kernels()
+        output = self._compute(call.site, lambda: self._kernels.attention(*tensors, **form, **call.options))
+        return call.arguments.output_form.apply(output)
 
     def _attend_containers(self, containers: Sequence[Any], rest: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-        call = self._plan((*(container.peek() for container in containers), *rest), kwargs)
-        if call is None:
-            return self._step_aside_with_containers(containers, rest, kwargs)
+        tensors = [container.peek() for container in containers]
+        call = self._plan((*tensors, *rest), kwargs)
+        if isinstance(call, CallSite):
+            del tensors
+            return self._compute(call, lambda: self._step_aside_with_containers(containers, rest, kwargs))
+        self._time_baseline(call.site, None, (*tensors, *rest), kwargs)
+        site, output_form = call.site, call.arguments.output_form
+        operands = [(*call.arguments.for_kernels(), call.options)]
         for container in containers:
             container.take()
-        tensors, options = call.arguments.for_kernels()
-        output_form = call.arguments.output_form
-        prepared = self._kernels.prepare(*tensors, **options, **call.options)
-        # The last references to the model's q, k and v: freed before the attention itself allocates.
-        del call, tensors, options
-        return output_form.apply(self._kernels.run(prepared))
+        # With operands.pop(), the last references to the model's q, k and v: freed before the attention allocates.
+        del call, tensors
+        return output_form.apply(self._compute(site, lambda: self._kernels.run(self._prepare(operands))))
+
+    def _prepare(self, operands: list[tuple[Sequence[Tensor], dict[str, Any], dict[str, Any]]]) -> Any:
+        tensors, form, options = operands.pop()
+        return self._kernels.prepare(*tensors, **form, **options)
+
+    def _step_aside(self, func: Callable[..., Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+        # _inside_attn_wrapper stays in kwargs: without it core would call this override again.
+        return func(*args, **kwargs) if self.previous is None else self.previous(func, *args, **kwargs)
 
     def _step_aside_with_containers(
         self, containers: Sequence[Any], rest: Sequence[Any], kwargs: dict[str, Any]
@@ -134,24 +181,50 @@ class AttentionOverride:
         tensors = [container.take() for container in containers]
         return self.previous(getattr(func, "__wrapped__", func), *tensors, *rest, **kwargs)
 
-    def _plan(self, args: Sequence[Any], kwargs: dict[str, Any]) -> KernelCall | None:
-        """Decide about one call and count it; None: step aside."""
+    def _compute(self, site: CallSite, compute: Callable[[], Tensor]) -> Tensor:
+        """Run a call, timed and under the sentinel's eyes."""
+        output = compute() if site.shape is None else self.timer.run(site.kernel, site.shape, compute)
+        watch = current_watch()
+        if watch is not None:
+            watch.record(site.block, output, by_kernel=site.kernel not in {FP16, EARLIER_OVERRIDE})
+        return output
+
+    def _time_baseline(
+        self, site: CallSite, func: Callable[..., Tensor] | None, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> None:
+        """Run the model's own attention beside the kernel, its output thrown away; func None stands for core's."""
+        if self._measure_speedup and site.shape is not None and self.timer.wants_baseline(site.shape):
+            self.timer.run(BASELINE, site.shape, lambda: (func or core_attention())(*args, **kwargs))
+
+    def _plan(self, args: Sequence[Any], kwargs: dict[str, Any]) -> KernelCall | CallSite:
+        """Decide about one call and count it; only a site where it is left to the model or to an earlier override."""
         evaluation = current_evaluation()
         block = running_block(evaluation, self._native_blocks, kwargs.get("transformer_options") or {})
-        call = self._decide(block, evaluation, args, kwargs)
-        if isinstance(call, KernelCall):
-            self.coverage.record(block, call.kernel, call.reason)
-            return call
-        self.coverage.record(block, "fp16" if self.previous is None else "earlier override", call)
-        return None
-
-    def _decide(
-        self, block: BlockId | None, evaluation: ModelEvaluation | None, args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> KernelCall | str:
-        """The call for a kernel, or why there is none."""
         arguments = read_arguments(args, kwargs)
         if isinstance(arguments, str):
-            return arguments
+            return self._leave(block, None, arguments)
+        shape = _shape(arguments)
+        decision = self._decide(block, evaluation, arguments)
+        if isinstance(decision, str):
+            return self._leave(block, shape, decision)
+        kernel, reason, options = decision
+        self.coverage.record(block, kernel, reason)
+        return KernelCall(CallSite(block, kernel, shape), arguments, options)
+
+    def _leave(self, block: BlockId | None, shape: CallShape | None, reason: str) -> CallSite:
+        fallback = FP16 if self.previous is None else EARLIER_OVERRIDE
+        self.coverage.record(block, fallback, reason)
+        return CallSite(block, fallback, shape)
+
+    def _decide(
+        self, block: BlockId | None, evaluation: ModelEvaluation | None, arguments: AttentionArguments
+    ) -> tuple[str, str | None, dict[str, Any]] | str:
+        """Kernel, why not a faster one, and its options; or why there is none."""
+        watch = current_watch()
+        if watch is not None and watch.in_fp16:
+            return RECOMPUTED
+        if block in self.bad_blocks:
+            return KEPT_IN_FP16
         choice = self._choose(block, evaluation, arguments)
         if choice.precision == "fp16":
             return str(choice.reason)
@@ -164,7 +237,7 @@ class AttentionOverride:
         reason = "; ".join(str(refusal) for refusal in decision.refusals)
         if decision.kernel in {None, "sdpa"}:
             return reason
-        return KernelCall(decision.kernel, reason or None, arguments, options)
+        return decision.kernel, reason or None, options
 
     def _choose(
         self, block: BlockId | None, evaluation: ModelEvaluation | None, arguments: AttentionArguments
@@ -199,6 +272,12 @@ def _with_window(policy: PrecisionPolicy, model_sampling: Any, window: tuple[flo
         sigma_start=policy.sigma_start if start <= 0.0 else float(model_sampling.percent_to_sigma(start)),
         sigma_end=policy.sigma_end if end >= 1.0 else float(model_sampling.percent_to_sigma(end)),
     )
+
+
+def _shape(arguments: AttentionArguments) -> CallShape:
+    query = arguments.query
+    masked = arguments.attn_mask is not None
+    return CallShape(query.shape, arguments.key.shape, arguments.output_form.layout, masked, query.dtype, query.device)
 
 
 def core_attention() -> Callable[..., Tensor]:

@@ -14,7 +14,9 @@ class Sage3Extension(ComfyExtension):
         from .demo_nodes import DEMO_NODES, register_demo_model  # noqa: PLC0415
         from .layout_route import register_layout_route  # noqa: PLC0415
         from .sage3_attention import Sage3Attention  # noqa: PLC0415
+        from .sage3_compare import Sage3Compare  # noqa: PLC0415
+        from .sage3_doctor import Sage3Doctor  # noqa: PLC0415
 
         register_demo_model()  # not in on_load(), which ComfyUI 0.3.64 doesn't call for node packs
         register_layout_route()
-        return [Sage3Attention, *DEMO_NODES]
+        return [Sage3Attention, Sage3Compare, Sage3Doctor, *DEMO_NODES]

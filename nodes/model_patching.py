@@ -1,18 +1,17 @@
 """Puts the attention override, the block tracking and the report of what ran into a clone of a MODEL."""
 
-import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from sage_kernels.block_overrides import BlockLayout
-from sage_kernels.precision_policy import PrecisionPolicy
+from sage_kernels.precision_policy import CrossAttention, PrecisionPolicy
 
 from .attention_override import AttentionOverride
 from .block_tracking import BlockTracker
 from .model_families import block_layout, find_blocks
-
-logger = logging.getLogger(__name__)
+from .sampling_report import SamplingReport
+from .sentinel import Sentinel
 
 OVERRIDE_KEY = "optimized_attention_override"
 WRAPPER_KEY = "sage3_attention"
@@ -28,7 +27,8 @@ class AttentionSettings:
         start_percent, end_percent: the part of the sampling, by noise level, that uses the precision; FP16 elsewhere.
         min_tokens: attention over fewer tokens stays in FP16.
         allow_emulation: compute in plain PyTorch what the GPU lacks.
-        verbose: log a line per block after each sampling.
+        verbose: log a line per block after each sampling, and time the model's own attention for comparison.
+        cross_attention: as in PrecisionPolicy.
     """
 
     precision: str = "auto"
@@ -38,13 +38,22 @@ class AttentionSettings:
     min_tokens: int = 0
     allow_emulation: bool = False
     verbose: bool = False
+    cross_attention: CrossAttention = "same"
 
 
-def patch_model(model: Any, settings: AttentionSettings, kernels: ModuleType) -> Any:
-    """A clone of `model`, a ComfyUI ModelPatcher, whose attention runs in `kernels`; `model` itself stays as it is.
+def patch_model(
+    model: Any, settings: AttentionSettings, kernels: ModuleType, show: Callable[[str], None] | None = None
+) -> Any:
+    """A clone of `model`, a ComfyUI ModelPatcher, whose attention runs in `kernels`.
 
     An override of another node stays behind this one, for the calls that this one leaves alone. An earlier one of this
     pack is replaced: two policies in a row would leave it to the first what the second keeps in FP16.
+
+    Args:
+        model: stays as it is.
+        settings: what the user chose.
+        kernels: sage_kernels.
+        show: gets a text after each sampling that says what ran.
 
     Raises:
         ValueError: settings that don't fit the model; the message is one line.
@@ -63,7 +72,10 @@ def patch_model(model: Any, settings: AttentionSettings, kernels: ModuleType) ->
             "bypass this node for this model"
         )
     layout = block_layout(blocks)
-    policy = PrecisionPolicy.for_model(layout, settings.precision, settings.fp16_blocks, settings.min_tokens)
+    policy = PrecisionPolicy.for_model(
+        layout, settings.precision, settings.fp16_blocks, settings.min_tokens, settings.cross_attention
+    )
+    sentinel = Sentinel(layout)
 
     patched = model.clone()
     options = patched.model_options["transformer_options"]
@@ -75,40 +87,17 @@ def patch_model(model: Any, settings: AttentionSettings, kernels: ModuleType) ->
         window=(settings.start_percent, settings.end_percent),
         previous=previous.previous if isinstance(previous, AttentionOverride) else previous,
         allow_emulation=settings.allow_emulation,
+        sentinel=sentinel,
+        measure_speedup=settings.verbose,
     )
     options[OVERRIDE_KEY] = override
-    for kind, wrapper in (
-        (WrappersMP.APPLY_MODEL, BlockTracker(override.reads_sigma)),
-        (WrappersMP.OUTER_SAMPLE, SamplingReport(override, layout, settings.verbose)),
-    ):
+    wrappers = {
+        # The first is the outermost: what the sentinel evaluates again is a new evaluation to the tracker.
+        WrappersMP.APPLY_MODEL: (sentinel, BlockTracker(override.reads_sigma)),
+        WrappersMP.OUTER_SAMPLE: (SamplingReport(override, layout, settings.verbose, show),),
+    }
+    for kind, ours in wrappers.items():
         patched.remove_wrappers_with_key(kind, WRAPPER_KEY)
-        patched.add_wrapper_with_key(kind, WRAPPER_KEY, wrapper)
+        for wrapper in ours:
+            patched.add_wrapper_with_key(kind, WRAPPER_KEY, wrapper)
     return patched
-
-
-class SamplingReport:
-    """Wrapper for core's WrappersMP.OUTER_SAMPLE: counts each sampling anew and says what ran."""
-
-    def __init__(self, override: AttentionOverride, layout: BlockLayout, verbose: bool) -> None:
-        self._coverage = override.coverage
-        self._layout = layout
-        self._verbose = verbose
-
-    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Sample, then log."""
-        self._coverage.reset()
-        try:
-            return executor(*args, **kwargs)
-        finally:
-            self._log()
-
-    def _log(self) -> None:
-        blocks = self._coverage.by_block()
-        if not blocks:
-            logger.warning("Sage3: this model never asked for another attention, so this node changed nothing")
-            return
-        logger.info("Sage3: attention calls by kernel: %s", self._coverage)
-        if self._verbose:
-            for block, kernels in blocks.items():
-                name = "outside the blocks" if block is None else f"block {self._layout.name(block)}"
-                logger.info("Sage3: %s: %s", name, ", ".join(f"{kernel} {calls}" for kernel, calls in kernels.items()))

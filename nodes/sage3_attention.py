@@ -1,14 +1,18 @@
 """The node Sage3Attention."""
 
-import inspect
-from typing import Any
+from typing import Any, get_args
 
 from comfy_api.latest import io
+from torch import nn
 
 from sage_kernels.block_overrides import BlockOverrideError, parse_block_overrides
+from sage_kernels.precision_policy import CrossAttention
 
 from .kernel_package import import_sage_kernels
+from .model_families import block_layout, find_blocks, find_family
 from .model_patching import AttentionSettings, patch_model
+from .sampling_report import text_on_node
+from .schema_options import advanced, search_aliases
 
 
 class Sage3Attention(io.ComfyNode):
@@ -21,6 +25,7 @@ class Sage3Attention(io.ComfyNode):
             node_id="Sage3Attention",  # permanent: saved in workflows
             display_name="Sage3 Attention",
             category="model/attention/Sage3",
+            **search_aliases("sage attention", "sageattention", "fp4 attention", "int8 attention", "fast attention"),
             description="Runs the attention of a video or image model in FP4 or INT8, with full precision kept for the "
             "blocks and steps that need it. Bypass the node to switch it off.",
             inputs=[
@@ -65,23 +70,40 @@ class Sage3Attention(io.ComfyNode):
                     max=1 << 20,
                     tooltip="Attention over fewer tokens stays in FP16, where it is as fast: cross-attention to a "
                     "prompt, mostly.",
-                    **_advanced(io.Int.Input),
+                    **advanced(io.Int.Input),
                 ),
                 io.Boolean.Input(
                     "allow_emulation",
                     default=False,
                     tooltip="Where the GPU lacks the precision, compute it in plain PyTorch: very slow. To judge the "
                     "quality of FP4, not its speed.",
-                    **_advanced(io.Boolean.Input),
+                    **advanced(io.Boolean.Input),
                 ),
                 io.Boolean.Input(
                     "verbose",
                     default=False,
-                    tooltip="After each sampling, log for each block which kernel ran how often.",
-                    **_advanced(io.Boolean.Input),
+                    tooltip="After each sampling, log for each block which kernel ran how often. Also runs the model's "
+                    "own attention beside the kernels on three calls of each shape, to measure the speed-up.",
+                    **advanced(io.Boolean.Input),
+                ),
+                # Optional, and after the others: workflows saved before it was there load as they were.
+                io.Combo.Input(
+                    "cross_attention",
+                    options=list(get_args(CrossAttention)),
+                    default="same",
+                    optional=True,
+                    tooltip="Attention between two sequences of different lengths, such as the picture and its prompt. "
+                    "same: as all other attention. fp16: the model's own.",
+                    **advanced(io.Combo.Input),
+                ),
+                io.Custom("SAGE3_PROFILE").Input(
+                    "profile",
+                    optional=True,
+                    tooltip="A calibration of this model: colours its blocks by how sensitive they are.",
                 ),
             ],
             outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -104,14 +126,50 @@ class Sage3Attention(io.ComfyNode):
         min_tokens: int,
         allow_emulation: bool,
         verbose: bool,
+        cross_attention: str = "same",
+        profile: Any = None,
     ) -> io.NodeOutput:
-        """Patch a clone of the model."""
+        """Patch a clone of the model, and tell the browser which blocks it has."""
         settings = AttentionSettings(
-            precision, fp16_blocks, start_percent, end_percent, min_tokens, allow_emulation, verbose
+            precision,
+            fp16_blocks,
+            start_percent,
+            end_percent,
+            min_tokens,
+            allow_emulation,
+            verbose,
+            cross_attention,
         )
-        return io.NodeOutput(patch_model(model, settings, import_sage_kernels()))
+        node_id = cls.hidden.unique_id if cls.hidden is not None else None
+        show = None if node_id is None else text_on_node(node_id)
+        patched = patch_model(model, settings, import_sage_kernels(), show)
+        diffusion_model = model.get_model_object("diffusion_model")
+        return io.NodeOutput(patched, ui={"sage3": [describe_blocks(diffusion_model, profile, precision)]})
 
 
-def _advanced(input_type: type) -> dict[str, bool]:
-    """Hide a widget behind "advanced", in versions of ComfyUI that can."""
-    return {"advanced": True} if "advanced" in inspect.signature(input_type.__init__).parameters else {}
+def describe_blocks(diffusion_model: nn.Module, profile: Any, precision: str) -> dict[str, Any]:
+    """The model's blocks in the order of the bare numbers, for the browser.
+
+    Args:
+        diffusion_model: the network.
+        profile: its CalibrationProfile, or None.
+        precision: as the node has it; "auto" is coloured as FP4, its lowest.
+
+    Returns:
+        {"family", "blocks": [{"name", "type", "index"}, ...], "sensitivity": one number per block, or None}.
+
+    Raises:
+        ValueError: the profile is of a model with other blocks.
+    """
+    layout = block_layout(find_blocks(diffusion_model))
+    blocks = [{"name": layout.name(block), "type": block.type, "index": block.index} for block in layout]
+    family = find_family(diffusion_model).name
+    if profile is None:
+        return {"family": family, "blocks": blocks, "sensitivity": None}
+    measured = profile.sensitivity_by_block("int8" if precision == "int8" else "fp4")
+    missing = [layout.name(block) for block in layout if block not in measured]
+    if missing:
+        raise ValueError(
+            f"the profile says nothing about block {missing[0]} of this {family} model; calibrate this model"
+        )
+    return {"family": family, "blocks": blocks, "sensitivity": [float(measured[block]) for block in layout]}

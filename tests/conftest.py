@@ -1,16 +1,48 @@
 """Shared by all tests: the pack loaded as ComfyUI loads it, the demo package, and where a real ComfyUI is."""
 
+import ast
 import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK = "sage3_pack"
+WIDGET_TYPES = {"Combo", "String", "Float", "Int", "Boolean"}
+
+
+@dataclass(frozen=True)
+class InputSchema:
+    """An input as a node's source says; what is computed there is None."""
+
+    id: str
+    type: str
+    tooltip: str | None
+    options: list[Any] | None
+    minimum: float | None
+    maximum: float | None
+    control_after_generate: bool
+
+    @property
+    def widget(self) -> bool:
+        """Whether its value is typed in rather than linked."""
+        return self.type in WIDGET_TYPES
+
+
+@dataclass(frozen=True)
+class NodeSchema:
+    """A node as its source says."""
+
+    display_name: str
+    description: str
+    inputs: tuple[InputSchema, ...]
+    source: Path
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,3 +73,46 @@ def demo() -> Iterator[Callable[[str], ModuleType]]:
     sys.path.insert(0, folder)
     yield lambda name: importlib.import_module(f"demo.{name}")
     sys.path.remove(folder)
+
+
+@pytest.fixture(scope="session")
+def node_schemas() -> dict[str, NodeSchema]:
+    """Every node of the pack by its id, read from the source: without ComfyUI the nodes can't be imported."""
+    schemas = {}
+    for path in sorted((ROOT / "nodes").glob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and _called(call).endswith("Schema"):
+                options = _keywords(call)
+                items = [item for item in ast.walk(call) if isinstance(item, ast.Call)]
+                inputs = tuple(_input(item) for item in items if _called(item).endswith(".Input"))
+                schemas[options["node_id"]] = NodeSchema(options["display_name"], options["description"], inputs, path)
+    return schemas
+
+
+def _input(call: ast.Call) -> InputSchema:
+    options = _keywords(call)
+    kind = _called(call).split(".")[-2]
+    return InputSchema(
+        call.args[0].value,
+        kind,
+        options.get("tooltip"),
+        options.get("options"),
+        options.get("min"),
+        options.get("max"),
+        bool(options.get("control_after_generate")),
+    )
+
+
+def _keywords(call: ast.Call) -> dict[str, Any]:
+    return {keyword.arg: _constant(keyword.value) for keyword in call.keywords if keyword.arg is not None}
+
+
+def _constant(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return None
+
+
+def _called(call: ast.Call) -> str:
+    return ast.unparse(call.func)

@@ -155,6 +155,14 @@ def test_kernels_compute_what_core_would(make, convention):
     torch.testing.assert_close(out, core_attention(*qkv, *convention.rest, **keywords))
 
 
+def test_values_may_come_with_their_heads_apart_as_in_stable_diffusion_3(make):
+    q, k, v = tensors(flat=True)
+    kernels = FakeKernels()
+    out = make(kernels=kernels)(pytest.fail, q, k, v.unflatten(-1, (HEADS, HEAD_DIM)), heads=HEADS, **as_core_calls())
+    assert kernels.calls == [("fp4", False)]
+    torch.testing.assert_close(out, core_attention(q, k, v, HEADS))
+
+
 @pytest.mark.parametrize("convention", CONVENTIONS, ids=lambda convention: convention.family)
 def test_containers_are_emptied_and_computed_the_same(make, convention):
     qkv = tensors(flat=convention.flat, kv_heads=convention.kv_heads)

@@ -30,11 +30,14 @@ class WanModel(nn.Module):
 
 
 class Block(nn.Module):
+    context = None  # how many tokens it attends to; all
+
     def forward(self, x, transformer_options):
         override = transformer_options.get("optimized_attention_override")
+        y = x[:, : self.context]
         if override is None:
-            return core_attention(x, x, x, heads=HEADS)
-        return override(core_attention, x, x, x, heads=HEADS, transformer_options=transformer_options)
+            return core_attention(x, y, y, heads=HEADS)
+        return override(core_attention, x, y, y, heads=HEADS, transformer_options=transformer_options)
 
 
 def core_attention(q, k, v, heads, **kwargs):
@@ -83,7 +86,8 @@ class FakePatcher:
         return self.model.diffusion_model(x, transformer_options)
 
     def run(self, kind, function, *args):
-        for wrapper in (w for wrappers in self.wrappers.get(kind, {}).values() for w in wrappers):
+        wrappers = [wrapper for of_key in self.wrappers.get(kind, {}).values() for wrapper in of_key]
+        for wrapper in reversed(wrappers):  # the first is the outermost
             function = functools.partial(wrapper, Executor(function, self.model))
         return function(*args)
 
@@ -114,11 +118,22 @@ def model():
 
 @pytest.fixture
 def patch(patching):
-    def patch(model, **settings):
+    def patch(model, *, kernels=sage_kernels, show=None, **settings):
         settings = {"precision": "fp4", "allow_emulation": True, **settings}
-        return patching.patch_model(model, patching.AttentionSettings(**settings), sage_kernels)
+        return patching.patch_model(model, patching.AttentionSettings(**settings), kernels, show)
 
     return patch
+
+
+def kernels_that_fail(on_calls):
+    """sage_kernels, but the calls of these numbers give NaN."""
+    calls = iter(range(1_000_000))
+
+    def attention(q, k, v, **options):
+        output = sage_kernels.attention(q, k, v, **options)
+        return output * float("nan") if next(calls) in on_calls else output
+
+    return SimpleNamespace(explain=sage_kernels.explain, attention=attention)
 
 
 def coverage(patched):
@@ -156,7 +171,7 @@ def test_a_second_patch_replaces_the_first(patch, model):
     twice = patch(patch(model), precision="fp16")
     assert torch.equal(twice.sample(), model.sample())
     assert {kind: [len(w) for w in keys.values()] for kind, keys in twice.wrappers.items()} == {
-        "apply_model": [1],
+        "apply_model": [2],  # sentinel and tracker
         "outer_sample": [1],
     }
 
@@ -222,3 +237,75 @@ def test_a_model_that_never_asks_for_an_override_is_reported(patch, model, caplo
     patched.sample()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "this node changed nothing" in caplog.messages[0]
+
+
+# --- what happens in a sampling ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("step", "block"), [(0, 1), (3, 2)])
+def test_a_step_with_nan_from_a_kernel_is_computed_again_before_the_sampler_sees_it(patch, model, step, block, caplog):
+    first_call = step * DEPTH
+    # A step whose calls are not watched is evaluated once more to find the block: it fails there too.
+    bad = {first_call + block} if step == 0 else {first_call + block, first_call + DEPTH + block}
+    patched = patch(model, kernels=kernels_that_fail(bad), precision="fp4")
+    assert patched.sample().isfinite().all()
+    assert [message for message in caplog.messages if f"block {block} gave non-finite" in message] == caplog.messages
+    assert coverage(patched).reasons()["fp16"]["recomputed in FP16 after a non-finite result"] == DEPTH
+    patched.sample()
+    assert coverage(patched).by_block()[BlockId("double", block)] == {"fp16": 4}
+    assert len(caplog.messages) == 1
+
+
+def test_the_recomputed_step_is_that_of_16_bit(patch, model):
+    all_steps_fail = range(1_000_000)
+    patched = patch(model, kernels=kernels_that_fail(all_steps_fail))
+    assert torch.equal(patched.sample(), model.sample())
+
+
+def test_a_model_that_is_nan_by_itself_is_left_alone(patch, model, caplog):
+    last = model.model.diffusion_model.blocks[-1]
+    last.forward = lambda x, transformer_options: type(last).forward(last, x, transformer_options) * float("nan")
+    patched = patch(model)
+    assert patched.sample().isnan().all()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "in 16 bit too" in caplog.messages[0]
+
+
+def test_cross_attention_is_left_to_the_model_where_asked(patch, model):
+    patched = patch(model, cross_attention="fp16")
+    for block in model.model.diffusion_model.blocks:
+        block.context = 2
+    patched.sample()
+    assert coverage(patched).reasons() == {"fp16": {"cross-attention": 4 * DEPTH}}
+
+
+def test_training_steps_aside_with_a_reason_and_gets_its_gradients(patch, model):
+    patched = patch(model)
+    x = torch.randn(1, 5, 16, requires_grad=True)
+    options = {**patched.model_options["transformer_options"], "sigmas": torch.ones(1)}
+    patched.run("apply_model", patched.apply_model, x, torch.ones(1), None, None, None, options).sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert coverage(patched).reasons() == {"fp16": {"gradients are wanted": DEPTH}}
+
+
+def test_the_text_on_the_node_gives_calls_reasons_and_only_what_was_measured(patch, model):
+    texts = []
+    patch(model, fp16_blocks="2: 1", show=texts.append).sample()
+    calls, fp16, speed = texts.pop().splitlines()
+    assert calls.startswith("fp4_emulated 8 (")
+    assert "fp4: needs a CUDA GPU" in calls
+    assert fp16.startswith("fp16 4 (")
+    assert fp16.endswith("): block override")
+    assert speed.endswith("x the speed of the model's own attention, measured; no prediction (8 calls)")
+    patch(model, show=texts.append).sample()
+    assert texts.pop().splitlines()[1:] == ["speed-up not measured (verbose measures it); no prediction"]
+    patch(model, verbose=True, show=texts.append).sample()
+    assert "measured; no prediction (12 calls)" in texts.pop()
+    patch(model, kernels=kernels_that_fail({1}), show=texts.append).sample()
+    assert "block 1 gave non-finite numbers" in texts.pop()
+
+
+def test_measuring_the_speed_changes_no_result_and_no_count(patch, model):
+    plain, measured = patch(model), patch(model, verbose=True)
+    assert torch.equal(plain.sample(), measured.sample())
+    assert coverage(plain).by_block() == coverage(measured).by_block()

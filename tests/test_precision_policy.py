@@ -150,6 +150,18 @@ def test_few_query_or_key_tokens_stay_in_fp16():
     assert choose(policy, query_tokens=1023) == "fp16"
 
 
+def test_cross_attention_is_told_by_its_lengths_and_kept_in_fp16_where_asked():
+    policy = PrecisionPolicy("fp4", cross_attention="fp16")
+    assert choose(policy, key_tokens=512) == "fp16"
+    assert choose(policy) == "fp4"
+    assert choose(PrecisionPolicy("fp4"), key_tokens=512) == "fp4"
+
+
+def test_an_unknown_cross_attention_policy_is_refused():
+    with pytest.raises(ValueError, match="cross_attention must be same or fp16, got 'int8'"):
+        PrecisionPolicy.for_model(WAN, "fp4", cross_attention="int8")
+
+
 def test_share_covers_the_first_steps_or_the_last():
     assert fp16_at(0.3) == [True] * 3 + [False] * 7
     assert fp16_at(0.3, "low") == [False] * 7 + [True] * 3

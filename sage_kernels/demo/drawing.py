@@ -108,8 +108,7 @@ class ComfyUIStudio:
         }  # fmt: skip
         run = run_workflow(self._server.url, WORKFLOW, overrides, on_progress=lambda *_: on_step())
         frames = np.stack([np.asarray(image.convert("L")) for image in run.frames])
-        coverage = "; ".join(f"{kernel} {count}" for kernel, count in run.calls.items())
-        return Drawing(frames, torch.from_numpy(frames).float(), run.seconds, dict(run.calls), coverage)
+        return Drawing(frames, torch.from_numpy(frames).float(), run.seconds, dict(run.calls), run.coverage)
 
 
 def sample_demo(transformer: nn.Module, options: argparse.Namespace, on_step: OnStep) -> Tensor:

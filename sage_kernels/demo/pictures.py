@@ -1,39 +1,24 @@
-"""The demo's pictures: animated videos, contact sheet, heat map. Every file is written whole or not at all."""
+"""The demo's pictures: animated videos, contact sheet, heat map."""
 
-import io
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from .atomic_file import replacing
+
 FRAME_MILLISECONDS = 125
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write` fill a buffer, then put it in place in one move, so that an interruption leaves no half file."""
-    buffer = io.BytesIO()
-    write(buffer)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(buffer.getvalue())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_animation(frames: np.ndarray, path: Path) -> None:
     """uint8 grey frames [T, H, W] as an animated WebP, doubled in size, that loops."""
     images = [Image.fromarray(np.kron(frame, np.ones((2, 2), dtype=np.uint8))) for frame in frames]
-    write_atomically(
-        path,
-        lambda file: images[0].save(
-            file, "WEBP", save_all=True, append_images=images[1:], duration=FRAME_MILLISECONDS, loop=0, lossless=True
-        ),
-    )
+    with replacing(path) as partial:
+        images[0].save(
+            partial, "WEBP", save_all=True, append_images=images[1:], duration=FRAME_MILLISECONDS, loop=0, lossless=True
+        )
 
 
 def write_contact_sheet(videos: Mapping[str, np.ndarray], path: Path) -> None:
@@ -50,7 +35,8 @@ def write_contact_sheet(videos: Mapping[str, np.ndarray], path: Path) -> None:
         for cell, frame in zip(line, frames, strict=True):
             cell.imshow(frame, cmap="gray", vmin=0, vmax=255)
             cell.axis("off")
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
 
 
 def write_heat_map(errors: np.ndarray, blocks: Sequence[str], path: Path) -> None:
@@ -66,4 +52,5 @@ def write_heat_map(errors: np.ndarray, blocks: Sequence[str], path: Path) -> Non
     axes.set_yticks(range(len(blocks)), blocks)
     axes.set_xticks(range(errors.shape[1]))
     figure.colorbar(image, ax=axes, label="relative L1")
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)

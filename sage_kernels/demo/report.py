@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jinja2
 
-from .pictures import write_atomically
+from .atomic_file import replacing
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
@@ -52,12 +52,13 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Write summary.json and report.html; the pictures that report.html shows are written by the caller."""
-        summary = json.dumps(asdict(self), indent=2).encode()
-        write_atomically(folder / "summary.json", lambda file: file.write(summary))
+        with replacing(folder / "summary.json") as partial:
+            partial.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
         template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text("utf-8"))
         page = template.render(
             asdict(self),
             block_count=len({row["block"] for row in self.blocks}),
             emulated=any("_emulated" in kernel for run in self.runs for kernel in run.calls),
-        ).encode()
-        write_atomically(folder / "report.html", lambda file: file.write(page))
+        )
+        with replacing(folder / "report.html") as partial:
+            partial.write_text(page, encoding="utf-8")

@@ -10,10 +10,8 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import io
 import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
+from .atomic_file import replacing
 from .conditioning import conditioning_table
 from .evaluation import ClipJudge
 from .glyphs import load_glyphs
@@ -209,34 +208,22 @@ def _write_sheet(clips: torch.Tensor, path: Path) -> None:
     shown = torch.stack([frames[digit, digit % 2 :: 2, :: FRAMES // 3] for digit in range(NUM_DIGITS)])
     sheet = shown.permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)
     image = Image.fromarray(((sheet.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy())
-    buffer = io.BytesIO()
-    image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS).save(buffer, format="PNG")
-    _write_atomically(path, buffer.getvalue())
+    with replacing(path) as partial:
+        image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS).save(partial, format="PNG")
 
 
 def _write_loss_curve(curve: list[tuple[int, float, float]], out: Path) -> None:
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(("step", "loss", "seconds"))
-    writer.writerows((step, f"{loss:.5f}", f"{seconds:.1f}") for step, loss, seconds in curve)
-    _write_atomically(out / "loss_curve.csv", table.getvalue().encode())
+    with replacing(out / "loss_curve.csv") as partial, partial.open("w", newline="") as table:
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(("step", "loss", "seconds"))
+        writer.writerows((step, f"{loss:.5f}", f"{seconds:.1f}") for step, loss, seconds in curve)
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.loglog([row[0] for row in curve], [row[1] for row in curve])
     axes.set(xlabel="step", ylabel="flow matching loss (mean of 50 steps)")
     axes.grid(which="both", alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    _write_atomically(out / "loss_curve.png", buffer.getvalue())
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(out / "loss_curve.png") as partial:
+        figure.savefig(partial, format="png", dpi=120)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -279,7 +266,8 @@ def main() -> None:
         "training_seconds": round(seconds, 1),
         "device": _device_name(trainer.device),
     }
-    _write_atomically(options.out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    with replacing(options.out / "metrics.json") as partial:
+        partial.write_text(json.dumps(metrics, indent=2) + "\n")
     print(json.dumps(metrics, indent=2))
 
 

@@ -16,6 +16,7 @@ from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .atomic_file import replacing
 from .conditioning import TEXT_DIM
 from .latents import LATENT_CHANNELS
 
@@ -95,13 +96,8 @@ def save_wan_checkpoint(
         tensors[wan_key(key)] = half = value.detach().to("cpu", torch.float16).contiguous()
         if not half.isfinite().all():
             raise CheckpointError(f"{key} is not finite in fp16; the weights were not written")
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(Path(path)) as partial:
         save_file(tensors, partial, metadata={"format": "pt", **metadata})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_transformer(

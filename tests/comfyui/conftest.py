@@ -46,7 +46,7 @@ def run_scenario(
     comfyui_environment: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[RunScenario]:
-    """Call a function of scenarios.py inside ComfyUI by its name, with keyword arguments."""
+    """Call a function of scenarios.py, or "module.function", inside ComfyUI by its name, with keyword arguments."""
     folder = tmp_path_factory.mktemp("comfyui")
     command = [comfyui_python, HERE / "worker.py", comfyui_root, PACK_ROOT, folder]
     with (

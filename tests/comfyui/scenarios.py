@@ -7,31 +7,41 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import torch
+from family_models import FamilyMissingError
 from tiny_models import TinyModel, build, transformer_blocks
 
 Nodes = dict[str, Any]
+PACK_ROOT = Path(__file__).resolve().parents[2]
 OVERRIDE_KEY = "optimized_attention_override"
 ALL_FP4 = {"precision": "fp4", "allow_emulation": True, "min_tokens": 0}
 STEPS = 3
+OUTSIDE = "outside"  # attention of no block
 
 
 def patch(nodes: Nodes, patcher: Any, **settings: Any) -> Any:
     """The MODEL that the node Sage3Attention gives, with the node's defaults for what isn't set."""
     node = nodes["Sage3Attention"]
-    defaults = {item.id: item.default for item in node.define_schema().inputs if item.id != "model"}
+    defaults = {item.id: item.default for item in node.define_schema().inputs if hasattr(item, "default")}
     return node.execute(model=patcher, **{**defaults, **settings}).args[0]
 
 
-def attention_calls(nodes: Nodes, family: str, sampler: str, **settings: Any) -> dict[str, Any]:
-    """Every attention call of one sampling.
+def attention_calls(
+    nodes: Nodes, family: str, sampler: str = "euler", steps: int = STEPS, **settings: Any
+) -> dict[str, Any]:
+    """Every attention call of one sampling; {"missing": why} where this ComfyUI has no such family.
 
-    "calls" holds [block that really ran, block that the pack counted the call for, kernel, sigma].
+    "calls" holds [block that really ran, block that the pack counted the call for, kernel, sigma, cosine between the
+    pack's output and that of core's attention for the same arguments].
     """
-    model = build(family)
+    try:
+        model = build(family)
+    except FamilyMissingError as error:
+        return {"missing": str(error)}
     patched = patch(nodes, model.patcher, **{**ALL_FP4, **settings})
     ours = patched.model_options["transformer_options"][OVERRIDE_KEY]
     calls: list[Any] = []
@@ -39,7 +49,9 @@ def attention_calls(nodes: Nodes, family: str, sampler: str, **settings: Any) ->
 
     def counts_by_block() -> Counter[tuple[str, str]]:
         by_block = ours.coverage.by_block()
-        return Counter({(str(block), kernel): n for block in by_block for kernel, n in by_block[block].items()})
+        return Counter(
+            {(str(block or OUTSIDE), kernel): n for block in by_block for kernel, n in by_block[block].items()}
+        )
 
     with running_blocks(model) as running:
 
@@ -48,12 +60,13 @@ def attention_calls(nodes: Nodes, family: str, sampler: str, **settings: Any) ->
             output = ours(func, *args, **kwargs)
             (((block, kernel), _),) = (counts_by_block() - before).items()
             sigma = float(kwargs["transformer_options"]["sigmas"][0])
-            calls.append([running[-1], block, kernel, sigma])
+            cosine = torch.cosine_similarity(output.flatten(), func(*args, **kwargs).flatten(), dim=0)
+            calls.append([running[-1], block, kernel, sigma, float(cosine)])
             return output
 
         patched.model_options["transformer_options"][OVERRIDE_KEY] = recorder
         counter = model.diffusion_model.register_forward_hook(lambda *_: evaluations.append(1))
-        model.sample(patched, sampler=sampler, steps=STEPS)
+        model.sample(patched, sampler=sampler, steps=steps)
         counter.remove()
     blocks = [name for name, _ in transformer_blocks(model)]
     return {"evaluations": len(evaluations), "blocks": blocks, "calls": calls}
@@ -171,15 +184,22 @@ def bad_blocks(nodes: Nodes, text: str) -> dict[str, Any]:
     return {"message": message, "model_is_usable": torch.equal(model.sample(), before)}
 
 
+def registry_metadata(nodes: Nodes) -> dict[str, Any]:
+    """What ComfyUI reads from the pack's pyproject.toml, as the Registry does."""
+    from comfy_config.config_parser import extract_node_configuration  # noqa: PLC0415
+
+    return extract_node_configuration(PACK_ROOT).model_dump()
+
+
 def count_hooks(model: TinyModel) -> int:
     """Forward hooks on all modules of the network."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.diffusion_model.modules())
 
 
 @contextmanager
-def running_blocks(model: TinyModel) -> Iterator[list[str | None]]:
+def running_blocks(model: TinyModel) -> Iterator[list[str]]:
     """A stack whose top names the block that runs; blocks are watched by their `forward`, without hooks."""
-    stack: list[str | None] = [None]
+    stack = [OUTSIDE]
 
     def watched(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -205,7 +225,10 @@ def layouts(nodes: Nodes, family: str) -> dict[str, str]:
     """The blocks of a model as its modules give them, and as the names of its tensors do."""
     from sage3_pack.nodes import checkpoint_families, model_families  # noqa: PLC0415  (loaded by worker.py)
 
-    model = build(family).diffusion_model
+    try:
+        model = build(family).diffusion_model
+    except FamilyMissingError as error:
+        return {"missing": str(error)}
     live = model_families.find_family(model).name, model_families.block_layout(model_families.find_blocks(model))
     stored, blocks = checkpoint_families.checkpoint_layout(list(model.state_dict())) or (None, "")
     return {"modules": f"{live[0]}: {live[1]}", "tensors": f"{stored and stored.name}: {blocks}"}

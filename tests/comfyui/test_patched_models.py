@@ -78,9 +78,9 @@ def test_a_bad_block_string_is_one_line_and_leaves_the_model_usable(run_scenario
 def test_low_precision_stays_inside_the_start_end_window(run_scenario):
     everywhere = run_scenario("attention_calls", family="wan", sampler="euler")
     late = run_scenario("attention_calls", family="wan", sampler="euler", start_percent=0.5)
-    sigmas = sorted({sigma for *_, sigma in everywhere["calls"]})
-    in_fp4 = sorted({sigma for *_, kernel, sigma in late["calls"] if kernel == FP4_KERNEL})
-    in_fp16 = sorted({sigma for *_, kernel, sigma in late["calls"] if kernel != FP4_KERNEL})
+    sigmas = sorted({sigma for *_, sigma, _ in everywhere["calls"]})
+    in_fp4 = sorted({sigma for *_, kernel, sigma, _ in late["calls"] if kernel == FP4_KERNEL})
+    in_fp16 = sorted({sigma for *_, kernel, sigma, _ in late["calls"] if kernel != FP4_KERNEL})
     assert in_fp4 + in_fp16 == sigmas
     assert in_fp4
     assert in_fp16

@@ -1,7 +1,8 @@
-"""The shipped workflow through a real ComfyUI's HTTP API, on the demo model."""
+"""The shipped workflows through a real ComfyUI's HTTP API, that of the demo model run."""
 
 import copy
 import json
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from safetensors.torch import load
 
 pytestmark = pytest.mark.comfyui
 
-WORKFLOW = Path(__file__).parents[2] / "workflows" / "sage3_demo.json"
+FOLDER = Path(__file__).parents[2] / "workflows"
+WORKFLOWS = sorted(path.stem for path in FOLDER.glob("*.json"))
+WORKFLOW = FOLDER / "sage3_demo.json"
+MODEL_FILES = {"unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name"}
 STEPS = 3
 SEED = 7
 BLOCKS = 5
@@ -117,7 +121,24 @@ def test_progress_counts_the_steps(run, workflow):
 
 def test_comfyui_lists_the_workflow_as_a_template(server):
     with urllib.request.urlopen(f"{server.url}/workflow_templates") as response:
-        assert json.load(response) == {"sage3-attention": ["sage3_demo"]}
+        assert {pack: sorted(names) for pack, names in json.load(response).items()} == {"sage3-attention": WORKFLOWS}
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_comfyui_finds_nothing_wrong_with_a_workflow_but_missing_model_files(server, demo, name):
+    workflow = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    with urllib.request.urlopen(f"{server.url}/object_info") as response:
+        prompt = demo("comfyui_workflow").to_prompt(workflow, json.load(response))
+    for node in prompt.values():
+        if node["class_type"] == "UNETLoader":
+            node["inputs"]["unet_name"] = "missing"  # so that nothing is run where all files are there
+    request = urllib.request.Request(f"{server.url}/prompt", json.dumps({"prompt": prompt}).encode())
+    with pytest.raises(urllib.error.HTTPError) as rejected:
+        urllib.request.urlopen(request)
+    errors = [error for node in json.load(rejected.value)["node_errors"].values() for error in node["errors"]]
+    found = {(error["type"], error["extra_info"]["input_name"]) for error in errors}
+    assert ("value_not_in_list", "unet_name") in found
+    assert found <= {("value_not_in_list", file) for file in MODEL_FILES}
 
 
 @pytest.mark.parametrize("text", ["3-1: 2", "9: 1"])

@@ -5,6 +5,7 @@ each with one line, {"result"} or {"error"}. Whatever ComfyUI prints goes to std
 """
 
 import asyncio
+import importlib
 import importlib.util
 import json
 import os
@@ -21,10 +22,12 @@ PACK_NAME = "sage3_pack"
 def start_comfyui() -> None:
     """Import ComfyUI with the options of a server on the CPU."""
     sys.path.insert(0, COMFYUI_ROOT)
-    sys.argv = ["main.py", "--cpu", "--base-directory", BASE_FOLDER]
+    # On the CPU core's default is an attention that GPUs don't use, and that fails on the masks of LTX-Video.
+    sys.argv = ["main.py", "--cpu", "--use-pytorch-cross-attention", "--base-directory", BASE_FOLDER]
     import comfy.options  # noqa: PLC0415
 
     comfy.options.enable_args_parsing()
+    import utils.extra_config  # noqa: F401, PLC0415  (early, as main.py: core's `nodes` puts comfy/utils.py before it)
 
 
 def load_pack() -> ModuleType:
@@ -43,12 +46,12 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     start_comfyui()
     nodes = load_pack()
-    import scenarios  # noqa: PLC0415  (imports comfy)
-
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            reply = {"result": getattr(scenarios, request["scenario"])(nodes, **request["arguments"])}
+            module, _, scenario = request["scenario"].rpartition(".")
+            run = getattr(importlib.import_module(module or "scenarios"), scenario)
+            reply = {"result": run(nodes, **request["arguments"])}
         except Exception:
             reply = {"error": traceback.format_exc()}
         print(json.dumps(reply), file=answers, flush=True)

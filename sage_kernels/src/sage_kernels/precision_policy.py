@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Literal, get_args
 
 from sage_kernels.block_overrides import (
     BlockId,
@@ -21,11 +22,14 @@ __all__ = [
     "BlockLayout",
     "BlockOverrideError",
     "Choice",
+    "CrossAttention",
     "PrecisionPolicy",
     "StepShare",
     "fp16_steps",
     "noise_rank",
 ]
+
+CrossAttention = Literal["same", "fp16"]
 
 # Samplers compute sigmas in float32 and convert them to and fro; two steps are never as close as this.
 SIGMA_TOLERANCE = 1e-5
@@ -45,6 +49,7 @@ SIGMA_UNKNOWN = Choice("fp16", "noise level unknown, so the start-end window can
 SCHEDULE_UNKNOWN = Choice("fp16", "step schedule unknown, so the block stays in FP16 for all steps")
 BLOCK_OVERRIDE = Choice("fp16", "block override")
 FEW_TOKENS = Choice("fp16", "fewer tokens than min_tokens")
+CROSS_ATTENTION = Choice("fp16", "cross-attention")
 _DEFAULTS = {
     precision: Choice(precision, "FP16 asked for" if precision == "fp16" else None) for precision in PRECISIONS
 }
@@ -59,6 +64,9 @@ class PrecisionPolicy:
         shares: blocks that run a share of the sampling steps in FP16.
         sigma_start, sigma_end: low precision only where sigma_end < sigma <= sigma_start; a higher sigma is more noise.
         min_tokens: calls with fewer query or key tokens run in FP16.
+        cross_attention: "fp16" keeps calls in FP16 whose keys come from another sequence than their queries; "same"
+            treats them as all others. They are told by their lengths, which is all that a call shows: unequal ones are
+            cross-attention. A prompt of exactly as many tokens as the picture would pass for self-attention.
     """
 
     precision: Precision = "auto"
@@ -66,6 +74,7 @@ class PrecisionPolicy:
     sigma_start: float = math.inf
     sigma_end: float = -math.inf
     min_tokens: int = 0
+    cross_attention: CrossAttention = "same"
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
@@ -73,20 +82,27 @@ class PrecisionPolicy:
             raise ValueError(f"sigma_start ({self.sigma_start}) must be higher than sigma_end ({self.sigma_end})")
         if self.min_tokens < 0:
             raise ValueError(f"min_tokens must be 0 or more, got {self.min_tokens}")
+        if self.cross_attention not in get_args(CrossAttention):
+            raise ValueError(f"cross_attention must be same or fp16, got {self.cross_attention!r}")
         object.__setattr__(self, "shares", dict(self.shares))
 
     @classmethod
     def for_model(
-        cls, layout: BlockLayout, precision: str = "auto", fp16_blocks: str = "", min_tokens: int = 0
+        cls,
+        layout: BlockLayout,
+        precision: str = "auto",
+        fp16_blocks: str = "",
+        min_tokens: int = 0,
+        cross_attention: CrossAttention = "same",
     ) -> "PrecisionPolicy":
         """The policy that a user's text means for a model with these blocks.
 
         Raises:
             BlockOverrideError: fp16_blocks can't be read or names blocks that the model hasn't.
-            ValueError: no such precision.
+            ValueError: no such precision, or no such choice for cross-attention.
         """
         shares = resolve_block_overrides(parse_block_overrides(fp16_blocks), layout)
-        return cls(check_precision(precision), shares, min_tokens=min_tokens)
+        return cls(check_precision(precision), shares, min_tokens=min_tokens, cross_attention=cross_attention)
 
     @property
     def has_window(self) -> bool:
@@ -123,6 +139,8 @@ class PrecisionPolicy:
             return OUTSIDE_BLOCKS
         if min(query_tokens, key_tokens) < self.min_tokens:
             return FEW_TOKENS
+        if self.cross_attention == "fp16" and query_tokens != key_tokens:
+            return CROSS_ATTENTION
         return self._window(sigma) or self._override(block, sigma, schedule) or _DEFAULTS[self.precision]
 
     def _window(self, sigma: float | None) -> Choice | None:

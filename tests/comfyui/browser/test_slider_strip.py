@@ -205,6 +205,28 @@ def test_a_run_tells_the_blocks_and_their_sensitivity(strip):
     assert strip.text == "double.1: 1, single.0-1: 1"
 
 
+def test_a_real_run_tells_the_blocks(strip):
+    strip.page.run("""
+        const fetchApi = app.api.fetchApi;
+        app.api.fetchApi = function (path, ...rest) {
+            return path.startsWith('/sage3/') ? Promise.reject(new Error('offline')) : fetchApi.call(this, path, ...rest);
+        };
+        window.restoreFetchApi = () => { app.api.fetchApi = fetchApi; }""")
+    workflow = demo_workflow("0: 1")
+    node = next(node for node in workflow["nodes"] if node["type"] == "KSampler")
+    node["widgets_values"][2] = 1  # step
+    try:
+        strip.load(workflow, sliders=1)
+        assert strip.part("model") == "unknown model"
+        assert "offline" in strip.status
+        strip.page.run("await app.queuePrompt(0)")
+        strip.wait_for_sliders(BLOCKS)
+    finally:
+        strip.page.run("window.restoreFetchApi()")
+    assert strip.part("model") == "Wan · 5 blocks"
+    assert strip.shares[:2] == [(1, HIGH), (0, HIGH)]
+
+
 def test_another_model_further_up_gives_other_sliders(strip):
     strip.report("Wan", {"double": 7})
     strip.page.run(
@@ -245,14 +267,14 @@ def test_nothing_sticks_out(strip, counts, width):
 
 
 def test_pictures_of_the_documentation(strip, opened, save_screenshot):
-    name = "nodes2" if opened.run("return Boolean(LiteGraph.vueNodesMode)") else "canvas"
     strip.drag((0, 1), (1, 1))
     strip.drag((3, 0.45))
     strip.drag((4, 0.6))
     strip.drag((4, 0.6), key=Keys.SHIFT)
-    save_screenshot(strip.element, f"strip_demo_{name}")
-    if name == "nodes2":
+    if opened.run("return Boolean(LiteGraph.vueNodesMode)"):
         save_screenshot(strip.element.find_element(By.XPATH, "ancestor::*[@data-node-id][1]"), "node_nodes2")
+        return
+    save_screenshot(strip.element, "strip_demo")
     strip.resize(420)
     # Error at both ends and in a few blocks between, as calibrations of video models show it.
     heat = [math.exp(-index / 4) + 0.8 * math.exp(-(39 - index) / 2) + 0.4 * (index in {13, 26}) for index in range(40)]
@@ -262,11 +284,11 @@ def test_pictures_of_the_documentation(strip, opened, save_screenshot):
     strip.drag((36, 0.3), (39, 0.9))
     strip.drag((13, 0.5))
     strip.drag((13, 0.5), key=Keys.SHIFT)
-    save_screenshot(strip.element, f"strip_wan_{name}")
+    save_screenshot(strip.element, "strip_wan")
     strip.report("Flux", {"double": 19, "single": 38})
     strip.page.run(f"{TEXT} text.value = args[0]; text.callback?.(args[0])", "double.0-3: 1, single.0: 0.5")
     strip.drag((40, 0.35), (50, 0.35))
-    save_screenshot(strip.element, f"strip_flux_{name}")
+    save_screenshot(strip.element, "strip_flux")
 
 
 def test_the_route_answers_errors_as_json(server):

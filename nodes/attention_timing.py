@@ -1,0 +1,153 @@
+"""How long attention took, kernel by kernel, and how that compares to 16 bit: measured on a sample of the calls.
+
+On a GPU a call is timed by a pair of CUDA events, which are read when the sampling is over: no call waits. Elsewhere
+the clock is read. The first call of each kernel and shape is a warm-up (compilation, tuning) and counts only if it is
+the only one that was timed.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import mean
+from typing import TypeVar
+
+import torch
+
+TIMED_AT_FIRST = 4
+TIMED_EVERY = 16
+BASELINE = "16 bit, for comparison"
+FP16 = "fp16"
+
+_Output = TypeVar("_Output")
+
+
+@dataclass(frozen=True)
+class CallShape:
+    """What the time of a call depends on; query and key as the model gives them, in `layout`."""
+
+    query: tuple[int, ...]
+    key: tuple[int, ...]
+    layout: str
+    masked: bool
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass
+class _Series:
+    """Calls of one kernel on one shape."""
+
+    calls: int = 0
+    spans: list[Callable[[], float]] = field(default_factory=list)
+
+    def seconds_per_call(self) -> float:
+        seconds = [span() for span in self.spans]
+        return mean(seconds[1:] or seconds)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one sampling took.
+
+    Attributes:
+        seconds: attention per kernel: mean of the timed calls times the number of calls, shape by shape.
+        speedup: 16-bit time over measured time, for the calls by quantised kernels whose shape was also timed in 16
+            bit; None where there are none.
+        compared_calls: how many calls those are.
+    """
+
+    seconds: Mapping[str, float]
+    speedup: float | None
+    compared_calls: int
+
+
+class AttentionTimer:
+    """Times of one patched model's attention calls. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._series: dict[tuple[str, CallShape], _Series] = {}
+
+    def reset(self) -> None:
+        """Forget everything, for a new run."""
+        with self._lock:
+            self._series.clear()
+
+    def run(self, kernel: str, shape: CallShape, compute: Callable[[], _Output]) -> _Output:
+        """compute(), counted and sometimes timed."""
+        with self._lock:
+            series = self._series.setdefault((kernel, shape), _Series())
+            number = series.calls
+            series.calls += 1
+        if number >= TIMED_AT_FIRST and number % TIMED_EVERY:
+            return compute()
+        with _span(shape.device) as span:
+            output = compute()
+        with self._lock:
+            series.spans.append(span.seconds)
+        return output
+
+    def wants_baseline(self, shape: CallShape) -> bool:
+        """Whether too few 16-bit calls of this shape have been timed to compare with."""
+        with self._lock:
+            names = (BASELINE, FP16)
+            return sum(len(self._series[name, shape].spans) for name in names if (name, shape) in self._series) < 3
+
+    def read(self) -> Timing:
+        """What was measured since reset(). Waits for the GPU."""
+        with self._lock:
+            series = {key: one for key, one in self._series.items() if one.spans}
+        per_call = {key: one.seconds_per_call() for key, one in series.items()}
+        seconds: dict[str, float] = {}
+        in_16_bit = measured = 0.0
+        compared = 0
+        for (kernel, shape), one in series.items():
+            if kernel == BASELINE:
+                continue
+            seconds[kernel] = seconds.get(kernel, 0.0) + per_call[kernel, shape] * one.calls
+            baseline = per_call.get((FP16, shape), per_call.get((BASELINE, shape)))
+            if kernel != FP16 and baseline is not None:
+                in_16_bit += baseline * one.calls
+                measured += per_call[kernel, shape] * one.calls
+                compared += one.calls
+        return Timing(seconds, in_16_bit / measured if measured else None, compared)
+
+
+class _CudaSpan:
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.current_stream(device)
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def start(self) -> None:
+        self._start.record(self._stream)
+
+    def stop(self) -> None:
+        self._end.record(self._stream)
+
+    def seconds(self) -> float:
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) / 1000
+
+
+class _ClockSpan:
+    def __init__(self) -> None:
+        self._start = self._end = 0.0
+
+    def start(self) -> None:
+        self._start = time.perf_counter()
+
+    def stop(self) -> None:
+        self._end = time.perf_counter()
+
+    def seconds(self) -> float:
+        return self._end - self._start
+
+
+@contextmanager
+def _span(device: torch.device) -> Iterator["_CudaSpan | _ClockSpan"]:
+    span = _CudaSpan(device) if device.type == "cuda" else _ClockSpan()
+    span.start()
+    yield span
+    span.stop()
