@@ -6,8 +6,7 @@ early and late grow until the end; and one with low precision everywhere.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -107,14 +106,15 @@ def calibrate(
     run = _Calibration(model, settings, kernels, progress)
     expected = sample(run.model)
     run.finish_first_sampling()
-    full, parts = torch.zeros(len(settings.precisions)), torch.zeros(len(settings.precisions), len(run.steps))
-    for index, precision in enumerate(settings.precisions):
-        for part, segment in enumerate(segments(run.steps, len(run.schedule) - 1)):
-            with run.low_precision(precision, segment):
-                parts[index, part] = relative_l1(sample(run.model), expected)
-        with run.low_precision(precision, range(len(run.schedule) - 1)):
-            full[index] = relative_l1(sample(run.model), expected)
-    return run.profile(parts, full), expected
+    all_steps = range(len(run.schedule) - 1)
+    ranges = [*segments(run.steps, len(all_steps)), all_steps]
+    errors = torch.tensor(
+        [
+            [run.error_of_low_precision(sample, expected, precision, steps) for steps in ranges]
+            for precision in settings.precisions
+        ]
+    )
+    return run.profile(errors[:, :-1], errors[:, -1]), expected
 
 
 class _Calibration:
@@ -167,14 +167,10 @@ class _Calibration:
             if wrapper is not None:
                 self.model.add_wrapper_with_key(kind, WRAPPER_KEY, wrapper)
 
-    @contextmanager
-    def low_precision(self, precision: str, steps: range) -> Iterator[None]:
-        """Samplings inside have all blocks in low precision at these steps."""
+    def error_of_low_precision(self, sample: Sample, expected: Tensor, precision: str, steps: range) -> float:
+        """Relative L1 of the final latents with all blocks in low precision at these steps."""
         self._low = self._override(precision, self._layout), steps
-        try:
-            yield
-        finally:
-            self._low = None
+        return relative_l1(sample(self.model), expected)
 
     def finish_first_sampling(self) -> None:
         """Check that it saw what it had to."""

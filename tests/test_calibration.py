@@ -211,6 +211,19 @@ def test_every_evaluation_is_announced_and_reported(calibrate, calibration, mode
     assert counts == {"evaluations": announced, "progress": announced}
 
 
+def test_blocks_are_tried_at_the_middle_of_each_part_of_the_schedule(calibrate, model):
+    evaluated = []
+
+    def note(module, args):
+        evaluated.append(round(float(args[1]["sigmas"]), 4))
+
+    model.model.diffusion_model.register_forward_pre_hook(note)
+    calibrate(model)
+    samplings = 1 + 3 + 1  # 16 bit, each part in low precision, all in low precision
+    extra = {sigma: evaluated.count(sigma) - samplings for sigma in SIGMAS[:-1]}
+    assert extra == {1.0: 0, 0.9: 4, 0.8: 0, 0.6: 4, 0.4: 0, 0.2: 4}
+
+
 @pytest.mark.parametrize("stop_at", [1, 2, 3, 8, 20, 40])
 def test_an_interruption_leaves_the_model_clean(calibrate, model, stop_at):
     with torch.no_grad():

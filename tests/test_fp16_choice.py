@@ -129,8 +129,9 @@ def test_cells_add_up_to_what_was_measured(choice, make_profile):
     first, second = (float(cells[:, part].square().sum().sqrt()) for part in (slice(0, 2), slice(2, 4)))
     assert first / second == pytest.approx(0.3 / 0.4)
     assert float(cells.square().sum().sqrt()) == pytest.approx(0.6)
-    # Equal sigma distances: the last step takes all of the output over, the first a quarter.
     assert float(cells[0, 0] / cells[1, 0]) == pytest.approx(0.1 / 0.2)
+    # The last step takes all of the model's output over, the one before, from 0.5 to 0.25, half of it.
+    assert float(cells[0, 3] / cells[0, 2]) == pytest.approx(0.3 / (0.1 + 0.2 * 2 / 3) / 0.5)
 
 
 def test_parts_of_the_schedule_meet_halfway(choice):
@@ -193,6 +194,7 @@ def test_the_error_goal_is_met_in_truth_not_only_as_predicted(goals, choice, pro
     sample = sampled(factor, profile.layout, cells)
     best, measured = goals.choose(profile, "fp4", "max_error", 0.3, sample, torch.ones(10))
     assert measured <= 0.3
+    assert best.work < 1
     assert measured == pytest.approx(factor * best.predicted_error, rel=1e-3)
     assert f"final error {measured:.2%}" in goals.report(best, measured, "fp4")
 

@@ -151,10 +151,6 @@ HOSTILE = {
     "deep JSON in the metadata": lambda saved: edited(
         saved, lambda header: header["__metadata__"].__setitem__("sage3_profile", '{"a":' * 100_000)
     ),
-    "a key twice": lambda saved: packed(saved[8:].replace(b'"errors"', b'"full_error"')),
-    "a key of the metadata twice": lambda saved: edited(
-        saved, lambda header: header["__metadata__"].__setitem__("sage3_profile", '{"version": 1, "version": 1}')
-    ),
     "a number of 100,000 digits": lambda saved: packed(b'{"a":' + b"1" * 100_000 + b"}"),
     "not UTF-8": lambda saved: packed(b'{"\xff\xfe": 1}'),
     "NaN": lambda saved: edited(saved, edit_fields=put("schedule", [1.0, float("nan"), 0.3, 0.0])),
@@ -201,6 +197,16 @@ def test_hostile_files_give_one_line(module, saved, tmp_path, name):
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 400
     assert peak < 16 << 20
+
+
+def test_a_key_that_comes_twice_is_refused(files, module, saved):
+    (length,) = struct.unpack("<Q", saved[:8])
+    header, tensors = saved[8 : 8 + length], saved[8 + length :]
+    for key in (b'"errors":', b'\\"version\\":'):
+        start = header.index(key)
+        value = header[start : header.index(b"}" if b"errors" in key else b",", start) + 1].rstrip(b",")
+        with pytest.raises(module.ProfileError, match="has a key twice"):
+            files.parse_profile(packed(header[:start] + value + b"," + header[start:], tensors))
 
 
 def test_a_file_above_the_limit_is_not_read_to_the_end(module, files, tmp_path, monkeypatch, saved):
