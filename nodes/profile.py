@@ -21,6 +21,7 @@ MAX_STEPS = 10_000
 MAX_TEXT = 200
 MAX_SETTINGS = 64
 LARGEST = 1e6  # of sigmas and relative errors: far above anything that means something
+TENSORS = ("errors", "sensitivity", "final_errors", "full_error", "attention_share")
 MEASURABLE = tuple(precision for precision in PRECISIONS if precision not in {"auto", "fp16"})
 _BLOCK_TYPE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
@@ -78,8 +79,12 @@ class CalibrationProfile:
     def __post_init__(self) -> None:
         self._check_texts()
         self._check_lists()
-        for name, shape in tensor_shapes(len(self.precisions), self.heads, len(self.steps)).items():
-            _check_tensor(name, getattr(self, name), shape)
+        precisions, blocks, steps = len(self.precisions), len(self.layout), len(self.steps)
+        _check_tensor("errors", self.errors, (precisions, blocks, max(self.heads), steps))
+        _check_tensor("sensitivity", self.sensitivity, (precisions, blocks, steps))
+        _check_tensor("final_errors", self.final_errors, (precisions, steps))
+        _check_tensor("full_error", self.full_error, (precisions,))
+        _check_tensor("attention_share", self.attention_share, (blocks,))
         present = torch.arange(self.errors.shape[2])[:, None] < torch.tensor(self.heads)[:, None, None]
         if bool((self.errors * ~present).any()):
             raise ProfileError("errors has values for heads that the block hasn't")
@@ -193,18 +198,6 @@ class CalibrationProfile:
             raise ProfileError(f"heads must have one number per block ({len(self.layout)}), got {len(self.heads)}")
         for heads in self.heads:
             check_integer("the heads of a block", heads, 0, MAX_HEADS)
-
-
-def tensor_shapes(precisions: int, heads: tuple[int, ...], steps: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of a profile and their shapes."""
-    blocks = len(heads)
-    return {
-        "errors": (precisions, blocks, max(heads), steps),
-        "sensitivity": (precisions, blocks, steps),
-        "final_errors": (precisions, steps),
-        "full_error": (precisions,),
-        "attention_share": (blocks,),
-    }
 
 
 def check_integer(name: str, value: object, lowest: int, highest: int) -> None:

@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import json
 import platform
+import subprocess
 import sys
 from collections.abc import Callable
 from datetime import date
@@ -50,6 +51,9 @@ def main() -> None:
         "machine": platform.processor() or platform.machine(),
         "gpu": None,
         "torch": importlib.import_module("torch").__version__,
+        "commit": subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip(),
         "date": date.today().isoformat(),
         "command": "python sage_kernels/benchmarks/calibration_quality.py --comfyui-root DIR",
         "rows": rows,
