@@ -35,6 +35,7 @@ for (const [text, blocks] of [
   ["0: 0.1, 1: 0.2, 2-5: 0.3", WAN],
   ["double.0-1: 1, single.0-2: 1", FLUX],
   ["double.1: 0.25 low, single.2: 0.25", FLUX],
+  ["double.0: 1, single.1: 1", FLUX],
 ]) {
   test(`what is written is what was read: ${text}`, () => {
     assert.equal(write(slotsOf(text, blocks)), text);
@@ -93,6 +94,7 @@ test("the noise end is kept while a share changes, and forgotten with it", () =>
 
 test("a noise end is painted where there is a share", () => {
   assert.equal(write(paintEnd(slotsOf("0: 1, 2: 0.5, 4: 1"), 3, 0, "low")), "0: 1 low, 2: 0.5 low, 4: 1");
+  assert.equal(write(setShare(paintEnd(slotsOf(""), 1, 1, "low"), 1, 0.5)), "1: 0.5");
 });
 
 test("presets: first and last add, all and none replace", () => {

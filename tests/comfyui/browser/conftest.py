@@ -90,8 +90,8 @@ def driver() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def page(driver: Any, server: Any) -> Page:
-    """Not opened yet."""
+def page(server: Any, driver: Any) -> Page:
+    """Not opened yet. The server first: without a ComfyUI no browser is started."""
     return Page(driver, server.url)
 
 
