@@ -7,6 +7,7 @@ Works on Linux, Windows and macOS. Options after the command go to it: `python d
 
 import argparse
 import hashlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -17,6 +18,14 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 KERNEL_PROJECT = ROOT / "sage_kernels"
 MINIMUM_PYTHON = (3, 10)
+# What --no-venv checks for; ensure_environment() installs them by sage_kernels/pyproject.toml.
+MODULES = {
+    "demo": (
+        DEMO := ["torch", "diffusers", "safetensors", "PIL", "tqdm", "skimage", "matplotlib", "jinja2", "websocket"]
+    ),
+    "train": [*DEMO, "sklearn"],
+    "test": [*DEMO, "pytest", "ml_dtypes", "hypothesis", "ruff", "mypy"],
+}
 COMFYUI_OPTIONS = {
     "--comfyui-root": "demo and test: a ComfyUI checkout to run in as well",
     "--comfyui-python": "demo and test: the Python that has ComfyUI's requirements",
@@ -42,7 +51,9 @@ def main() -> int:
     rest += [f"{name}={value}" for name in COMFYUI_OPTIONS if (value := getattr(arguments, name[2:].replace("-", "_")))]
     python = Path(sys.executable)
     try:
-        if not arguments.no_venv:
+        if arguments.no_venv:
+            require_modules(arguments.command)
+        else:
             python = ensure_environment(arguments.command)
         return COMMANDS[arguments.command](python, rest)
     except subprocess.CalledProcessError as error:
@@ -71,6 +82,16 @@ def ensure_environment(extra: str) -> Path:
     run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", f"{KERNEL_PROJECT}[{extra}]")
     stamp.write_text(wanted)
     return python
+
+
+def require_modules(extra: str) -> None:
+    """End with a clear message where this Python lacks what a command imports."""
+    missing = [name for name in MODULES[extra] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(
+            f"dev.py: this Python ({sys.executable}) lacks {', '.join(missing)}; install what `{extra}` needs with: "
+            f'{sys.executable} -m pip install -e "{KERNEL_PROJECT}[{extra}]"'
+        )
 
 
 def demo(python: Path, rest: list[str]) -> int:

@@ -51,6 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--comfyui-python", metavar="FILE", help="interpreter that has ComfyUI's requirements; default: this one"
     )
+    parser.addoption("--screenshots", metavar="DIR", help="where browser tests save the pictures of the documentation")
     if "--comfyui-root" in sys.argv:
         # pytest reads paths before it knows this option, and would load the tests of the checkout.
         raise pytest.UsageError("write --comfyui-root=DIR, with an equals sign")

@@ -136,3 +136,11 @@ def test_bad_options_are_named_without_a_traceback(tmp_path, options, message):
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_python_that_lacks_modules_is_told_which(tmp_path):
+    command = [sys.executable, "-I", "-S", str(ROOT / "dev.py"), "--no-venv", "demo"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "lacks torch, diffusers" in done.stderr
+    assert "pip install -e" in done.stderr

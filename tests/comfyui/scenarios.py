@@ -219,3 +219,16 @@ def running_blocks(model: TinyModel) -> Iterator[list[str]]:
     finally:
         for block in blocks.values():
             del block.forward
+
+
+def layouts(nodes: Nodes, family: str) -> dict[str, str]:
+    """The blocks of a model as its modules give them, and as the names of its tensors do."""
+    from sage3_pack.nodes import checkpoint_families, model_families  # noqa: PLC0415  (loaded by worker.py)
+
+    try:
+        model = build(family).diffusion_model
+    except FamilyMissingError as error:
+        return {"missing": str(error)}
+    live = model_families.find_family(model).name, model_families.block_layout(model_families.find_blocks(model))
+    stored, blocks = checkpoint_families.checkpoint_layout(list(model.state_dict())) or (None, "")
+    return {"modules": f"{live[0]}: {live[1]}", "tensors": f"{stored and stored.name}: {blocks}"}
