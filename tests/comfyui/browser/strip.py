@@ -55,9 +55,11 @@ class Strip:
             f"{NODE} app.canvas.ds.scale = 1; app.canvas.ds.offset = [260 - node.pos[0], 120 - node.pos[1]];"
             "app.canvas.setDirty(true, true)"
         )
-        self.page.wait("return document.querySelectorAll('.sage3-strip').length === 1")
+        # For a moment the strip of the workflow before may still be there.
         self.page.wait(
-            "const box = document.querySelector('.sage3-strip').getBoundingClientRect(); return box.top > 100"
+            f"{NODE} const strip = node.widgets.find(({{name}}) => name === 'fp16_strip').element;"
+            "const shown = [...document.querySelectorAll('.sage3-strip')];"
+            "return shown.length === 1 && shown[0] === strip && strip.getBoundingClientRect().top > 100"
         )
         if sliders is not None:
             self.wait_for_sliders(sliders)
