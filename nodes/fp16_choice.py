@@ -1,8 +1,7 @@
 """From what a calibration measured to the blocks and steps that are kept in FP16.
 
-Errors of different blocks point in different directions and add in quadrature: measured on the demo model, sums of
-squares predict the final error of a mixed run within 20 %, plain sums miss it by a factor of two. So each block and
-step has a square of its own, and the smallest set of squares to take away is found by dynamic programming.
+Errors of different blocks point in different directions, so they are taken to add in quadrature. Each block and step
+has a square of its own, and the smallest set of squares to take away is found by dynamic programming.
 """
 
 import math

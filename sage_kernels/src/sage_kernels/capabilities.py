@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from sage_kernels.architectures import device_architecture
-from sage_kernels.dispatch import Refusal
+from sage_kernels.dispatch import Refusal, precision_refusal
 from sage_kernels.kernels import KERNELS
-from sage_kernels.precision import DESCRIPTIONS, PRECISIONS, Precision
+from sage_kernels.precision import PRECISIONS, Precision
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,15 @@ def capabilities() -> list[DeviceCapabilities]:
 
 def _describe(device: torch.device) -> DeviceCapabilities:
     architecture = device_architecture(device)
-    built = {kernel.precision for kernel in KERNELS if not kernel.emulated}
     precisions: list[Precision] = []
     refusals: list[Refusal] = []
     for precision in PRECISIONS[1:]:
-        if precision == "fp16":
+        candidates = [kernel for kernel in KERNELS if kernel.precision == precision]
+        reason = precision_refusal(precision, architecture, candidates)
+        if reason is None:
             precisions.append(precision)
-        elif architecture is None:
-            refusals.append(Refusal(precision, "needs a CUDA GPU"))
-        elif precision not in architecture.runnable:
-            refusals.append(Refusal(precision, f"{architecture.name} {architecture.refusals[precision]}"))
-        elif precision not in built:
-            refusals.append(Refusal(precision, f"this version has no kernel yet for {DESCRIPTIONS[precision]}"))
         else:
-            precisions.append(precision)
+            refusals.append(Refusal(precision, reason))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return DeviceCapabilities(
         str(device), name, architecture.name if architecture else None, tuple(precisions), tuple(refusals)

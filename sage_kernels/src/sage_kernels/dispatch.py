@@ -61,7 +61,7 @@ def decide(call: AttentionCall, kernels: Sequence[Kernel] = KERNELS) -> Decision
     refusals: list[Refusal] = []
     for precision in [call.precision] if call.precision != "auto" else PRECISIONS[1:]:
         candidates = [kernel for kernel in kernels if kernel.precision == precision]
-        reason = _precision_refusal(precision, call, architecture, candidates)
+        reason = precision_refusal(precision, architecture, candidates)
         if reason is not None:
             refusals.append(Refusal(precision, reason))
             candidates = [kernel for kernel in candidates if kernel.emulated]
@@ -75,14 +75,14 @@ def decide(call: AttentionCall, kernels: Sequence[Kernel] = KERNELS) -> Decision
     return Decision(None, None, tuple(refusals))
 
 
-def _precision_refusal(
-    precision: Precision, call: AttentionCall, architecture: Architecture | None, candidates: Sequence[Kernel]
+def precision_refusal(
+    precision: Precision, architecture: Architecture | None, candidates: Sequence[Kernel]
 ) -> str | None:
-    """Why no native kernel can serve a whole precision here, or None."""
+    """Why no native kernel of `candidates` can serve a precision on an architecture (None: no CUDA GPU), or None."""
     if precision == "fp16":
         return None
     if architecture is None:
-        return f"needs a CUDA GPU, and the tensors are on {call.device}"
+        return "needs a CUDA GPU"
     if precision not in architecture.runnable:
         return f"{architecture.name} ({architecture.products}) {architecture.refusals[precision]}"
     if all(kernel.emulated for kernel in candidates):
