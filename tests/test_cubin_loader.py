@@ -247,3 +247,27 @@ def test_machines_without_a_driver_say_so(monkeypatch):
     monkeypatch.setattr("sage_kernels.driver._LIBRARY", "libno_such_driver.so.1")
     with pytest.raises(KernelLoadError, match=r"no CUDA driver: .*libno_such_driver.*install the driver"):
         cubin_loader.cuda_driver.__wrapped__()
+
+
+def test_the_origin_of_a_kernel_is_told_without_loading_it(machine):
+    loader = KernelLoader(
+        Driver(machine.cuda), machine.csrc, CubinManifest(machine.cubins), machine.cache, lambda arch: machine.compiler
+    )
+    assert loader.origin(VARIANT, "sm_120a") == "compiled at first use by NVRTC 12.8"
+    with pytest.raises(KernelLoadError, match="not for sm_90a"):
+        loader.origin(VARIANT, "sm_90a")
+    add_cubin(machine)
+    loader = KernelLoader(Driver(machine.cuda), machine.csrc, CubinManifest(machine.cubins), machine.cache)
+    assert loader.origin(VARIANT, "sm_120a") == "ready, in the package"
+    assert machine.compiler.calls == []
+    assert machine.cuda.count("cuModuleLoadData") == 0
+
+
+def test_what_keeps_a_kernel_from_loading_is_told(monkeypatch):
+    def no_driver():
+        raise KernelLoadError("no CUDA driver")
+
+    monkeypatch.setattr(cubin_loader, "_default_loader", no_driver)
+    assert cubin_loader.loading_obstacle.__wrapped__(VARIANT, "sm_120a") == "no CUDA driver"
+    monkeypatch.setattr(cubin_loader, "_default_loader", lambda: SimpleNamespace(origin=lambda variant, arch: "here"))
+    assert cubin_loader.loading_obstacle.__wrapped__(VARIANT, "sm_120a") is None
