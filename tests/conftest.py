@@ -58,6 +58,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--comfyui-python", metavar="FILE", help="interpreter that has ComfyUI's requirements; default: this one"
     )
     parser.addoption("--screenshots", metavar="DIR", help="where browser tests save the pictures of the documentation")
+    parser.addoption("--write-evidence", metavar="DIR", help="where tests/gpu writes FAMILY.json")
+    parser.addoption("--evidence-commit", metavar="HASH", default="", help="the commit, where there is no git checkout")
     if "--comfyui-root" in sys.argv:
         # pytest reads paths before it knows this option, and would load the tests of the checkout.
         raise pytest.UsageError("write --comfyui-root=DIR, with an equals sign")
