@@ -1,9 +1,14 @@
-"""Command line: sage-kernels doctor."""
+"""Command line: sage-kernels doctor, sage-kernels selftest."""
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+import torch
 
 from sage_kernels.doctor import doctor
+from sage_kernels.selftest import selftest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -11,6 +16,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sage-kernels", description="Low-bit attention for diffusion models")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="say what each device can run, why not the rest, and what to do")
-    parser.parse_args(arguments)
-    print(doctor())
-    return 0
+    test = commands.add_parser("selftest", help="test and time the kernels on this machine's GPU, for a report")
+    test.add_argument("--output", type=Path, default=Path("sage_kernels_selftest.json"), help="file to write")
+    test.add_argument("--device", type=int, default=0, help="number of the GPU (default: 0)")
+    test.add_argument("--no-timings", action="store_true", help="only test; takes seconds")
+    options = parser.parse_args(arguments)
+    if options.command == "doctor":
+        print(doctor())
+        return 0
+    if not 0 <= options.device < torch.cuda.device_count():
+        print(f"selftest: there is no GPU {options.device}; torch sees {torch.cuda.device_count()}. What is here:")
+        print(doctor())
+        return 1
+    try:
+        passed = selftest(options.output, torch.device("cuda", options.device), not options.no_timings)
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was written", file=sys.stderr)
+        return 130
+    return 0 if passed else 1
