@@ -122,7 +122,7 @@ def test_failed_cases_are_named_and_end_in_an_exit_code(gpu, tmp_path, capsys):
     assert main(["selftest", "--no-timings", "--output", str(tmp_path / "out.json")]) == 1
     text = capsys.readouterr().out
     assert "correctness: 0 of 3 cases passed" in text
-    assert "FAILED fp4/plain_d64_bfloat16/reference: error 0.99" in text
+    assert "FAILED fp4/plain_d64_bfloat16/reference: error 1, bound 0.01" in text
 
 
 def test_calls_that_a_rung_refuses_are_left_out_and_none_at_all_is_no_success(gpu, tmp_path, capsys):
