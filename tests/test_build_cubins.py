@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,8 @@ from example_kernel import SOURCES, VARIANT
 from sage_kernels.cubin_cache import CubinCache
 from sage_kernels.cubin_manifest import CubinManifest
 from sage_kernels.kernel_sources import collect_sources, source_hashes
+
+RESOURCES = SimpleNamespace(registers=32, static_shared_bytes=0)
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +78,22 @@ def test_compiling_again_gives_the_same_bytes(builder, files, tmp_path):
     assert builder.build([VARIANT], SOURCES, CubinCache(tmp_path)) == files
 
 
-def test_two_variants_of_one_name_are_refused(builder, cache):
+@pytest.mark.parametrize("change", [{"threads": 256}, {"entry": "other", "defines": (("TEST_FACTOR", 4),)}])
+def test_two_variants_of_one_name_are_refused(builder, cache, change):
     with pytest.raises(SystemExit, match="two variants are called the same"):
-        builder.build([VARIANT, dataclasses.replace(VARIANT, threads=256)], SOURCES, cache)
+        builder.build([VARIANT, dataclasses.replace(VARIANT, **change)], SOURCES, cache)
+
+
+def test_kernels_of_one_source_share_a_cubin(builder, files, cache, monkeypatch):
+    monkeypatch.setattr(builder, "compile_job", None)
+    monkeypatch.setattr(builder.cubin_elf, "read_resources", lambda cubin, entry: RESOURCES)
+    shared = builder.build([VARIANT, dataclasses.replace(VARIANT, entry="second")], SOURCES, cache)
+    assert set(shared) == set(files)
+    kernels = json.loads(shared["manifest.json"])["kernels"]
+    assert [(kernel["entry"], kernel["file"]) for kernel in kernels if kernel["arch"] == "sm_120a"] == [
+        ("scaled_copy", "scaled_copy_d64_sm_120a.cubin"),
+        ("second", "scaled_copy_d64_sm_120a.cubin"),
+    ]
 
 
 def test_the_folder_of_cubins_holds_nothing_of_an_older_build(builder, tmp_path):

@@ -9,7 +9,10 @@ from sage_kernels.kernel_sources import collect_sources, source_folder, source_h
 from sage_kernels.kernel_variants import EMULATION_OPTION, VARIANTS
 
 # The tensor core instruction that a family is about, per target. A family without one maps to nothing.
-NATIVE_OPCODES: dict[str, dict[str, str]] = {"nvfp4_attention": {"sm_120a": "OMMA", "sm_121a": "OMMA"}}
+NATIVE_OPCODES: dict[str, dict[str, str]] = {
+    "nvfp4_attention": {"sm_120a": "OMMA", "sm_121a": "OMMA"},
+    "nvfp4_prepare": {},
+}
 EMULATION_MARKER = "sage_emulates_fp4"  # every source that can emulate defines this symbol when it does
 REGISTERS_PER_BLOCK, REGISTERS_PER_THREAD = 65536, 255
 SHARED_MEMORY = {architecture.target: architecture.shared_memory for architecture in ARCHITECTURES}
@@ -69,8 +72,14 @@ def over_the_limits(kernel, threads):
 
 
 def test_registers_and_shared_memory_are_within_the_limits(kernels):
-    threads = {variant.cubin_name(arch): variant.threads for variant in VARIANTS for arch in variant.archs}
-    assert {k["file"]: over for k, _ in kernels if (over := over_the_limits(k, threads[k["file"]]))} == {}
+    threads = {
+        (variant.cubin_name(arch), variant.entry): variant.threads for variant in VARIANTS for arch in variant.archs
+    }
+    excess = {
+        (kernel["file"], kernel["entry"]): over_the_limits(kernel, threads[kernel["file"], kernel["entry"]])
+        for kernel, _ in kernels
+    }
+    assert {kernel: over for kernel, over in excess.items() if over} == {}
 
 
 @pytest.mark.parametrize(
@@ -89,8 +98,11 @@ def test_limits_are_those_of_the_hardware(registers, shared_bytes, threads, over
 
 
 def test_nothing_is_spilled(kernels, cubin_elf):
-    stacks = {kernel["file"]: cubin_elf.read_resources(cubin, kernel["entry"]).stack_bytes for kernel, cubin in kernels}
-    assert {name: size for name, size in stacks.items() if size} == {}
+    stacks = {
+        (kernel["file"], kernel["entry"]): cubin_elf.read_resources(cubin, kernel["entry"]).stack_bytes
+        for kernel, cubin in kernels
+    }
+    assert {kernel: size for kernel, size in stacks.items() if size} == {}
 
 
 def test_spills_are_seen(bad_kernels, cubin_elf):

@@ -47,6 +47,11 @@ class Job:
     sources: Path
     libraries: Path
 
+    @property
+    def file(self) -> str:
+        """Name of the cubin."""
+        return self.variant.cubin_name(self.arch)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build into the package and into wheels/."""
@@ -71,35 +76,41 @@ def build(variants: Sequence[KernelVariant], sources: Path, cache: CubinCache) -
         Content of every file of cubins/ by name, manifest.json included.
 
     Raises:
-        SystemExit: two variants have one name.
+        SystemExit: two variants that differ want one name.
         KernelLoadError: a source does not compile.
     """
-    names = [variant.name for variant in variants]
-    if len(set(names)) < len(names):
-        raise SystemExit(f"two variants are called the same: {', '.join(sorted(names))}")
     jobs = [
         Job(variant, arch, sources, pinned_compilers.install(pinned_compilers.compiler_for(arch)))
         for variant in variants
         for arch in variant.archs
     ]
-    files: dict[str, bytes] = {}
-    todo = {}
-    for job in jobs:
-        cubin = cache.read(_key(job))
-        if cubin is None:
-            todo[job] = _key(job)
-        else:
-            files[job.variant.cubin_name(job.arch)] = cubin
+    keys = _keys_by_file(jobs)
+    files = {name: cubin for name, key in keys.items() if (cubin := cache.read(key)) is not None}
+    todo = {job.file: job for job in jobs if job.file not in files}
     # spawn: forking a process that has threads, as torch does, can hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(PROCESSES, len(todo)) or 1, mp_context=context) as pool:
-        running = {pool.submit(compile_job, job): job for job in todo}
+    with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
+        running = {pool.submit(compile_job, job): name for name, job in todo.items()}
         for done in tqdm(as_completed(running), total=len(running), desc="cubins", disable=not running):
-            job = running[done]
-            files[job.variant.cubin_name(job.arch)] = done.result()
-            cache.write(todo[job], done.result())
+            name = running[done]
+            files[name] = done.result()
+            cache.write(keys[name], files[name])
     files["manifest.json"] = (json.dumps(_manifest(jobs, files), indent=1) + "\n").encode()
     return files
+
+
+def _keys_by_file(jobs: Sequence[Job]) -> dict[str, str]:
+    """Cache key of each cubin by its file name."""
+    keys: dict[str, str] = {}
+    names: set[tuple[str, str]] = set()
+    for job in jobs:
+        texts = collect_sources(job.sources, job.variant.source)
+        compiler = pinned_compilers.compiler_for(job.arch).version
+        key = build_key(texts, job.variant.compile_options(job.arch), compiler)
+        if keys.setdefault(job.file, key) != key or (job.variant.name, job.arch) in names:
+            raise SystemExit(f"two variants are called the same: {job.variant.name}, {job.file}")
+        names.add((job.variant.name, job.arch))
+    return keys
 
 
 def compile_job(job: Job) -> bytes:
@@ -108,12 +119,6 @@ def compile_job(job: Job) -> bytes:
     texts = collect_sources(job.sources, job.variant.source)
     source = texts.pop(job.variant.source)
     return Nvrtc(library).compile(job.variant.source, source, texts, job.variant.compile_options(job.arch))
-
-
-def _key(job: Job) -> str:
-    texts = collect_sources(job.sources, job.variant.source)
-    compiler = pinned_compilers.compiler_for(job.arch).version
-    return build_key(texts, job.variant.compile_options(job.arch), compiler)
 
 
 def _manifest(jobs: Sequence[Job], cubins: dict[str, bytes]) -> dict[str, object]:
@@ -129,7 +134,7 @@ def _manifest(jobs: Sequence[Job], cubins: dict[str, bytes]) -> dict[str, object
 
 
 def _manifest_entry(job: Job, cubins: dict[str, bytes]) -> dict[str, object]:
-    variant, name = job.variant, job.variant.cubin_name(job.arch)
+    variant, name = job.variant, job.file
     resources = cubin_elf.read_resources(cubins[name], variant.entry)
     return {
         "file": name,
