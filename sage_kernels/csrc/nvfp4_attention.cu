@@ -504,7 +504,8 @@ __device__ __forceinline__ void start_rows(const Parameters& p, const Item& item
 #pragma unroll
             for (u32 i = 0; i < 4; ++i) rows.output[m][n][i] = 0.0f;
     }
-    rows.factor = p.query_factors[index] * p.key_factors[item.kv_head] * p.scale_log2e;
+    // Not zero, as for a scale of zero: scores of -inf must stay so.
+    rows.factor = fmaxf(p.query_factors[index] * p.key_factors[item.kv_head] * p.scale_log2e, 1.0e-35f);
 }
 
 __device__ __forceinline__ void store_rows(const Parameters& p, const Item& item, Rows& rows, u32 block, u32 lane) {
