@@ -129,9 +129,9 @@ def run(pytester, monkeypatch):
     )
     pytester.makeconftest(source + options)
 
-    def run(tests, *arguments):
+    def run(tests, commit="a" * 40):
         pytester.makepyfile(tests)
-        pytester.runpytest_subprocess("--write-evidence=out", "--evidence-commit=" + "a" * 40, *arguments)
+        run.result = pytester.runpytest_subprocess("--write-evidence=out", f"--evidence-commit={commit}")
         file = pytester.path / "out" / "nvfp4.json"
         return json.loads(file.read_text()) if file.exists() else None
 
@@ -157,6 +157,15 @@ def test_the_record_holds_every_case_with_its_outcome(run):
 
 def test_a_session_that_was_broken_off_writes_nothing(run):
     assert run("import pytest\n" + TESTS.replace("raise RuntimeError\n\ndef", "pytest.exit('enough')\n\ndef")) is None
+
+
+def test_without_a_commit_no_test_is_run_in_vain(run, pytester):
+    pytester.path.joinpath("conftest.py").write_text(
+        pytester.path.joinpath("conftest.py").read_text() + "\nROOT = Path(__file__).parent / 'no checkout'\n"
+    )
+    assert run("def test_a():\n    print('has run')", commit="") is None
+    assert "say the commit with --evidence-commit=HASH" in run.result.stderr.str() + run.result.stdout.str()
+    assert "passed" not in run.result.stdout.str()
 
 
 def test_files_are_written_whole(tmp_path):
