@@ -38,7 +38,7 @@ def consumer_loop(*body: str) -> list[str]:
 
 def consumer(sass, budget, *body: str):
     """The count of the loop with these lines in it."""
-    return budget.attention_loops(sass.parse(listing(*consumer_loop(*body))))[0]
+    return budget.attention_loops(sass.parse(listing(*consumer_loop(*body))), 4)[0]
 
 
 def test_instructions_are_read_with_guards_and_remarks(sass):
@@ -53,7 +53,7 @@ def test_instructions_are_read_with_guards_and_remarks(sass):
 
 def test_a_loop_within_a_loop_is_counted_without_the_outer_one(sass, budget):
     outer = [".L_x_0:", *consumer_loop("FADD R1, R1")[:-1], "OMMA R0, R1", "@P1 BRA `(.L_x_0)", "EXIT"]
-    counted, correction = budget.attention_loops(sass.parse(listing(*outer)))
+    counted, correction = budget.attention_loops(sass.parse(listing(*outer)), 4)
     assert counted.label == ".L_x_1"
     assert counted.turn.instructions == 7
     assert correction is None
@@ -61,19 +61,19 @@ def test_a_loop_within_a_loop_is_counted_without_the_outer_one(sass, budget):
 
 def test_of_two_softmax_loops_the_one_without_masks_is_counted(sass, budget):
     masked = [line.replace("_1", "_2") for line in consumer_loop("FSEL R1, R1", "FSEL R1, R1")[:-1]]
-    counted, _ = budget.attention_loops(sass.parse(listing(*masked, *consumer_loop("FADD R1, R1"))))
+    counted, _ = budget.attention_loops(sass.parse(listing(*masked, *consumer_loop("FADD R1, R1"))), 4)
     assert counted.label == ".L_x_1"
 
 
 def test_the_correction_loop_is_the_one_without_exponentials(sass, budget):
     correction = [".L_x_7:", *["OMMA R0, R1"] * 2, "FADD R1, R1", "@P0 BRA `(.L_x_7)"]
-    loops = budget.attention_loops(sass.parse(listing(*correction, *consumer_loop())))
+    loops = budget.attention_loops(sass.parse(listing(*correction, *consumer_loop())), 4)
     assert [loop.label for loop in loops] == [".L_x_1", ".L_x_7"]
 
 
 def test_loops_of_all_functions_are_searched(sass, budget):
     text = listing("EXIT", name="other") + "\n" + listing(*consumer_loop())
-    assert budget.attention_loops(sass.parse(text))[0].label == ".L_x_1"
+    assert budget.attention_loops(sass.parse(text), 4)[0].label == ".L_x_1"
 
 
 def test_a_branch_past_blocks_without_mma_makes_them_a_detour(sass, budget):
@@ -91,7 +91,7 @@ def test_a_vote_makes_a_branch_conditional(sass, budget):
 def test_waiting_again_out_of_line_is_a_detour(sass, budget):
     lines = consumer_loop(WAIT, "@!P0 BRA `(.L_x_8)", ".L_x_2:", "FADD R1, R1")
     again = [".L_x_8:", WAIT, "@!P0 BRA `(.L_x_8)", "BRA `(.L_x_2)"]
-    counted, _ = budget.attention_loops(sass.parse(listing(*lines, *again)))
+    counted, _ = budget.attention_loops(sass.parse(listing(*lines, *again)), 4)
     assert counted.detours == {".L_x_8": 3}
     assert counted.turn.classes["barrier"] == 1
     assert counted.turn.classes["FADD"] == 1
@@ -103,10 +103,19 @@ def test_waiting_in_place_is_counted_once(sass, budget):
     assert counted.turn.classes["barrier"] == 1
 
 
-def test_blocks_with_mma_are_never_a_detour(sass, budget):
-    counted = consumer(sass, budget, "@!P1 BRA `(.L_x_2)", "OMMA R0, R1", ".L_x_2:")
+def test_a_branch_past_useful_mma_makes_no_detour(sass, budget):
+    body = ["@!P1 BRA `(.L_x_2)", "OMMA R0, R1", ".L_x_2:"]
+    counted, _ = budget.attention_loops(sass.parse(listing(*consumer_loop(*body))), 5)
     assert counted.detours == {}
     assert counted.turn.classes["OMMA"] == 5
+
+
+def test_doing_part_of_a_turn_again_is_a_detour(sass, budget):
+    again = [".L_x_2:", "OMMA R0, R1", "MUFU.EX2 R1, R1", "@P2 BRA `(.L_x_2)"]
+    counted = consumer(sass, budget, "@!P1 BRA `(.L_x_3)", *again, ".L_x_3:", "FADD R1, R1")
+    assert counted.detours == {".L_x_2": 3}
+    assert counted.turn.classes["OMMA"] == 4
+    assert counted.turn.classes["FADD"] == 1
 
 
 def test_of_two_ways_without_mma_the_longer_one_is_counted(sass, budget):
@@ -118,7 +127,7 @@ def test_of_two_ways_without_mma_the_longer_one_is_counted(sass, budget):
 
 def test_what_follows_a_way_out_of_the_loop_is_counted(sass, budget):
     counted, _ = budget.attention_loops(
-        sass.parse(listing(*consumer_loop("@P2 BRA `(.L_x_9)", "FADD R1, R1"), ".L_x_9:", "EXIT"))
+        sass.parse(listing(*consumer_loop("@P2 BRA `(.L_x_9)", "FADD R1, R1"), ".L_x_9:", "EXIT")), 4
     )
     assert counted.turn.classes["FADD"] == 1
     assert counted.detours == {}
@@ -219,8 +228,8 @@ def test_over_budget_is_exit_status_1_and_named(run, option, status):
 @pytest.mark.parametrize(
     ("lines", "options", "message"),
     [
-        (["FADD R0, R1", "EXIT"], [], "no innermost loop has both OMMA and MUFU.EX2"),
-        (consumer_loop(), ["--useful=5"], "fewer than the 5 useful"),
+        (["FADD R0, R1", "EXIT"], [], "no loop has MUFU.EX2 and 4 OMMA (most: 0)"),
+        (consumer_loop(), ["--useful=5"], "5 OMMA (most: 4)"),
         (["BRA `(.L_x_5)", "EXIT"], [], "unknown label .L_x_5"),
     ],
 )
@@ -245,7 +254,7 @@ def test_a_compiled_kernel_is_counted(sass, budget, nvrtc_12_8, tmp_path):
         functions = sass.parse(sass.disassemble(cubin))
     except sass.SassError as error:
         pytest.skip(str(error))
-    counted, correction = budget.attention_loops(functions)
+    counted, correction = budget.attention_loops(functions, 4)
     assert (counted.turn.classes["OMMA"], counted.turn.classes["MUFU"], counted.turn.wavefronts) == (4, 2, 4)
     assert (correction.turn.classes["OMMA"], correction.turn.classes["MUFU"]) == (2, 0)
     assert sum(counted.detours.values()) >= 20  # four square roots and eight products

@@ -3,13 +3,13 @@
     python sage_kernels/tools/sass_budget.py KERNEL.cubin --head-dim 128
 
 The unit is a step: 16 query rows against 128 keys, in which QK and PV proper take 64 OMMA at head_dim 128. The kernel
-is warp-specialised. Its consumer loop is the innermost loop with OMMA and EX2 (of several the shortest: the one
-without masks); its correction loop, whose warps compute delta_s, is the innermost one with OMMA and no EX2. What one
-turn of that loop costs is spread over the steps that the consumers make of it.
+is warp-specialised. Its consumer loop is the shortest one with EX2 and the useful OMMA of a turn (the one without
+masks); its correction loop, whose warps compute delta_s, is the shortest one with OMMA and no EX2. What one turn of that
+loop costs is spread over the steps that the consumers make of it.
 
 Only the common path is counted. Blocks that are entered only through one side of a branch whose other side goes past
-them, and that hold no OMMA, are a detour: raising a row's maximum, waiting again for a barrier, and the loading of the
-next tile, which one correction warp does. Detours are listed with their size.
+them, to the end of the turn, with all the useful OMMA, are a detour: raising a row's maximum, waiting again for a
+barrier, and the loading of the next tile, which one correction warp does. Detours are listed with their size.
 
 The model is fixed, so that kernels can be compared. Two steps on each quadrant of a multiprocessor take, in cycles,
 T = 16 OMMA on the tensor pipe, M = 8 MUFU on the special-function pipe, I = 1 for each other instruction's issue, and
@@ -175,35 +175,43 @@ def _class(instruction: Instruction) -> str:
     return next((name for name, opcodes in CLASSES.items() if instruction.root in opcodes), OTHER)
 
 
-def count_loop(function: Function, loop: Loop) -> LoopCount:
-    """A turn of the loop without its detours."""
-    detours = find_detours(function, loop, "OMMA")
+def count_loop(function: Function, loop: Loop, minimum: float) -> LoopCount:
+    """A turn of the loop without its detours; at least `minimum` OMMA stay."""
+    detours = find_detours(function, loop, "OMMA", minimum)
     common = loop.blocks.difference(*(detour.blocks for detour in detours))
-    sizes = {detour.label: len(list(function.instructions(detour.blocks))) for detour in detours}
+    sizes = {detour.label: function.count(detour.blocks, "") for detour in detours}
     return LoopCount(function.blocks[loop.header].label, count(function.instructions(common)), sizes)
 
 
-def attention_loops(functions: Iterable[Function]) -> tuple[LoopCount, LoopCount | None]:
+def attention_loops(functions: Iterable[Function], useful: float) -> tuple[LoopCount, LoopCount | None]:
     """The consumer loop and the correction loop, if there is one.
 
     Raises:
-        SassError: no loop has both OMMA and EX2.
+        SassError: no loop has EX2 and the useful OMMA.
     """
     consumers: list[LoopCount] = []
     correctors: list[LoopCount] = []
+    found = 0
     for function in functions:
-        loops = [loop for loop in find_loops(function) if function.count(loop.blocks, "OMMA")]
-        for loop in loops:
-            if not any(other.blocks < loop.blocks for other in loops):
-                softmax = function.count(loop.blocks, "MUFU.EX2")
-                (consumers if softmax else correctors).append(count_loop(function, loop))
+        for loop in find_loops(function):
+            multiplications = function.count(loop.blocks, "OMMA")
+            if not function.count(loop.blocks, "MUFU.EX2"):
+                if multiplications:
+                    correctors.append(count_loop(function, loop, multiplications))
+            elif multiplications >= useful:
+                consumers.append(count_loop(function, loop, useful))
+            else:
+                found = max(found, multiplications)
     if not consumers:
-        raise SassError("no innermost loop has both OMMA and MUFU.EX2; is this cubin an FP4 attention kernel?")
+        raise SassError(
+            f"no loop has MUFU.EX2 and {useful:g} OMMA (most: {found}); is this cubin an FP4 attention kernel? What a "
+            "turn of its loop does is said by --rows, --keys and --useful"
+        )
 
-    def most_omma(counted: LoopCount) -> tuple[float, float]:
-        return counted.turn.classes["OMMA"], -counted.turn.instructions
+    def instructions(loop: LoopCount) -> float:
+        return loop.turn.instructions
 
-    return max(consumers, key=most_omma), max(correctors, key=most_omma, default=None)
+    return min(consumers, key=instructions), min(correctors, key=instructions, default=None)
 
 
 def predict(step: Cost, useful: float) -> Prediction:
@@ -223,15 +231,9 @@ def make_report(functions: Iterable[Function], tiling: Tiling, head_dim: int) ->
     """Count the kernel's loops and bring them to one step.
 
     Raises:
-        SassError: no such loops, or fewer OMMA in a turn than the tiling says are useful.
+        SassError: no loop has EX2 and the tiling's useful OMMA.
     """
-    consumer, correction = attention_loops(functions)
-    found = consumer.turn.classes["OMMA"]
-    if found < tiling.useful:
-        raise SassError(
-            f"a turn of the loop at {consumer.label} has {found:g} OMMA, fewer than the {tiling.useful:g} useful ones "
-            f"of {tiling.rows} rows and {tiling.keys} keys; say what a turn does with --rows, --keys and --useful"
-        )
+    consumer, correction = attention_loops(functions, tiling.useful)
     share = Cost(dict.fromkeys(consumer.turn.classes, 0.0), 0.0)
     if correction is not None:
         share = correction.turn.scaled(tiling.correctors / (tiling.consumers * tiling.steps))

@@ -190,35 +190,42 @@ def find_loops(function: Function) -> list[Loop]:
     return [Loop(header, frozenset(body)) for header, body in bodies.items()]
 
 
-def find_detours(function: Function, loop: Loop, needed: str) -> list[Detour]:
-    """What a turn of the loop normally goes past: the outermost detours without an opcode that begins with `needed`.
+def find_detours(function: Function, loop: Loop, opcode: str, minimum: float) -> list[Detour]:
+    """What a turn of the loop normally goes past: the outermost detours without which it still has its work.
 
-    Where neither side of a branch has it, the side with more instructions counts as the way and only the other one as
-    a detour.
+    The work is at least `minimum` instructions whose opcode begins with `opcode`. Where both sides of a branch are ways
+    around each other, the one with more of them, or else the longer one, is no detour.
     """
+
+    def size(blocks: frozenset[int]) -> tuple[int, int]:
+        return function.count(blocks, opcode), function.count(blocks, "")
+
+    candidates = []
+    for sides in _optional_sides(function, loop):
+        candidates += sorted(sides, key=lambda side: size(side.blocks))[: 1 if len(sides) == 2 else None]
+    detours: list[Detour] = []
+    remaining = loop.blocks
+    for detour in sorted(candidates, key=lambda side: (size(side.blocks)[0], -len(side.blocks))):
+        if detour.blocks <= remaining and function.count(remaining - detour.blocks, opcode) >= minimum:
+            detours.append(detour)
+            remaining -= detour.blocks
+    return sorted(detours, key=lambda detour: min(detour.blocks))
+
+
+def _optional_sides(function: Function, loop: Loop) -> Iterator[list[Detour]]:
+    """For each branch in the loop the sides (none, one or both) that a turn can go without."""
     dominators = _dominators(function, loop.header, loop.blocks)
     predecessors = _predecessors(function)
-
-    def side(branch: int, first: int, other: int) -> frozenset[int]:
-        """Blocks that are entered only by the branch to `first`, where a turn can end without them."""
-        blocks = frozenset(block for block, above in dominators.items() if first in above)
-        entries = [p for p in predecessors[first] if p in loop.blocks - blocks]
-        past = _reachable(function, other, loop.blocks - blocks - {branch})
-        ends = any(loop.header in function.blocks[block].successors for block in past)
-        return blocks if entries == [branch] and ends else frozenset()
-
-    detours = []
     for branch in loop.blocks:
         inside = [block for block in function.blocks[branch].successors if block in loop.blocks]
-        if len(inside) != 2:
-            continue
-        sides = [(side(branch, first, other), first) for first, other in (inside, reversed(inside))]
-        skipped = [(blocks, first) for blocks, first in sides if blocks and not function.count(blocks, needed)]
-        if len(skipped) == 2:
-            skipped.remove(max(skipped, key=lambda found: len(list(function.instructions(found[0])))))
-        detours += [Detour(function.blocks[first].label, blocks) for blocks, first in skipped]
-    outermost = [detour for detour in detours if not any(detour.blocks < other.blocks for other in detours)]
-    return sorted(outermost, key=lambda detour: min(detour.blocks))
+        sides = []
+        for first, other in (inside, inside[::-1]) if len(inside) == 2 else ():
+            blocks = frozenset(block for block, above in dominators.items() if first in above)
+            entries = [p for p in predecessors[first] if p in loop.blocks - blocks]
+            past = _reachable(function, other, loop.blocks - blocks - {branch})
+            if entries == [branch] and any(loop.header in function.blocks[block].successors for block in past):
+                sides.append(Detour(function.blocks[first].label, blocks))
+        yield sides
 
 
 def _predecessors(function: Function) -> dict[int, list[int]]:
