@@ -4,8 +4,8 @@
 
 The unit is a step: 16 query rows against 128 keys, in which QK and PV proper take 64 OMMA at head_dim 128. The kernel
 is warp-specialised. Its consumer loop is the shortest one with EX2 and the useful OMMA of a turn (the one without
-masks); its correction loop, whose warps compute delta_s, is the shortest one with OMMA and no EX2. What one turn of that
-loop costs is spread over the steps that the consumers make of it.
+masks); its correction loop, whose warps compute delta_s, is the shortest one with OMMA and no EX2. What one turn of
+that loop costs is spread over the steps that the consumers make of it.
 
 Only the common path is counted. Blocks that are entered only through one side of a branch whose other side goes past
 them, to the end of the turn, with all the useful OMMA, are a detour: raising a row's maximum, waiting again for a
