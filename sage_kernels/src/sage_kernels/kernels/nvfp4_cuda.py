@@ -191,7 +191,9 @@ class NVFP4CudaKernel:
             _pointer(lse),
             output.stride()[:3],
             state.mask_strides,
-            (0, 0) if seen is None else tuple(s if n > 1 else 0 for s, n in zip(seen.stride(), seen.shape[:2], strict=False)),
+            (0, 0)
+            if seen is None
+            else tuple(s if n > 1 else 0 for s, n in zip(seen.stride(), seen.shape[:2], strict=False)),
             batch,
             heads,
             packed.keys_values.shape[1],
@@ -206,7 +208,9 @@ class NVFP4CudaKernel:
             abs(state.scale) * _LOG2_E,
             state.scale,
         )
-        kernel = load_kernel(nvfp4_attention_variant(value_dim(head_dim), state.mask is not None), device, self.emulate_instructions)
+        kernel = load_kernel(
+            nvfp4_attention_variant(value_dim(head_dim), state.mask is not None), device, self.emulate_instructions
+        )
         kernel.launch((min(batch * heads * query_tiles, _multiprocessors(kernel.device_index)), 1, 1), parameters)
         return output.to(state.dtype), lse
 
@@ -222,7 +226,9 @@ class NVFP4CudaKernel:
         device, batch, heads, kv_heads = call.device, call.batch, call.heads, call.kv_heads
         columns = value_dim(call.head_dim)
         query_tiles, key_tiles = -(-call.query_length // _QUERY_TILE), -(-call.key_length // KEY_TILE)
-        chunks = max(1, min(_MAX_CHUNKS, -(-call.key_length // _CHUNK_TOKENS), _STATISTICS_BLOCKS // (batch * kv_heads or 1)))
+        chunks = max(
+            1, min(_MAX_CHUNKS, -(-call.key_length // _CHUNK_TOKENS), _STATISTICS_BLOCKS // (batch * kv_heads or 1))
+        )
         chunk_tokens = -(-call.key_length // chunks)
         seen_shape = None
         if mask is not None:
@@ -239,7 +245,9 @@ class NVFP4CudaKernel:
                 ((batch, kv_heads, columns), torch.float32),
                 ((batch, kv_heads, columns), torch.float32),
             ),
-            torch.empty((batch, heads, call.query_length), dtype=torch.float32, device=device) if call.return_lse else None,
+            torch.empty((batch, heads, call.query_length), dtype=torch.float32, device=device)
+            if call.return_lse
+            else None,
             None if seen_shape is None else torch.empty(seen_shape, dtype=torch.uint8, device=device),
         )
         if batch * heads * query_tiles == 0:
@@ -281,14 +289,18 @@ class NVFP4CudaKernel:
             _has_vectors(query) and _has_vectors(key) and _has_vectors(value),
             -1.0 if call.scale < 0 else 1.0,
         )
-        queries = load_kernel(nvfp4_prepare_variant("nvfp4_prepare_queries", columns), device, self.emulate_instructions)
+        queries = load_kernel(
+            nvfp4_prepare_variant("nvfp4_prepare_queries", columns), device, self.emulate_instructions
+        )
         queries.launch((batch * kv_heads * chunks * 2 + batch * heads * query_tiles, 1, 1), parameters)
         blocks = batch * kv_heads * -(-key_tiles // _TILES_PER_BLOCK)
         if call.return_lse:
             blocks += batch * heads * -(-call.query_length // _SHIFT_ROWS)
         if packed.tile_seen is not None:
             blocks += packed.tile_seen.numel()
-        keys_values = load_kernel(nvfp4_prepare_variant("nvfp4_prepare_keys_values", columns), device, self.emulate_instructions)
+        keys_values = load_kernel(
+            nvfp4_prepare_variant("nvfp4_prepare_keys_values", columns), device, self.emulate_instructions
+        )
         keys_values.launch((blocks, 1, 1), parameters)
         return packed
 
