@@ -194,11 +194,12 @@ def find_detours(function: Function, loop: Loop, opcode: str, minimum: float) ->
     """What a turn of the loop normally goes past: the outermost detours without which it still has its work.
 
     The work is at least `minimum` instructions whose opcode begins with `opcode`. Where both sides of a branch are ways
-    around each other, the one with more of them, or else the longer one, is no detour.
+    around each other, the one with more of them is no detour, or else the one that releases a barrier (a turn that does
+    not is to be taken again), or else the longer one.
     """
 
-    def size(blocks: frozenset[int]) -> tuple[int, int]:
-        return function.count(blocks, opcode), function.count(blocks, "")
+    def size(blocks: frozenset[int]) -> tuple[int, int, int]:
+        return function.count(blocks, opcode), function.count(blocks, "SYNCS.ARRIVE"), function.count(blocks, "")
 
     candidates = []
     for sides in _optional_sides(function, loop):
