@@ -4,7 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-_COMPILE_OPTIONS = ("--std=c++17", "--device-as-default-execution-space", "--fmad=true", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
+_COMPILE_OPTIONS = (
+    "--std=c++17",
+    "--device-as-default-execution-space",
+    "--fmad=true",
+    "--prec-div=true",
+    "--prec-sqrt=true",
+    "--ftz=false",
+)
 EMULATION_OPTION = "-DSAGE_EMULATE_FP4=1"
 
 
