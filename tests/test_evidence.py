@@ -11,7 +11,7 @@ import pytest
 from example_kernel import VARIANT
 from sage_kernels import evidence
 from sage_kernels.driver import KernelLoadError
-from sage_kernels.evidence import FAMILIES, build_flags_hash, family_source_hashes
+from sage_kernels.evidence import FAMILIES, FamilySources, build_flags_hash, family_source_hashes
 
 ROOT = Path(__file__).resolve().parent.parent
 EVIDENCE = ROOT / "tests" / "gpu" / "evidence"
@@ -46,18 +46,43 @@ def test_every_kernel_source_belongs_to_a_family():
     assert missing == set(), "name them in sage_kernels/evidence.py"
 
 
-def test_hashes_change_with_a_source_a_header_and_the_flags(tmp_path, monkeypatch):
-    (tmp_path / "nvfp4_a.cu").write_text('#include "b.cuh"')
-    (tmp_path / "b.cuh").write_text("// b")
-    (tmp_path / "int8_a.cu").write_text("")
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package with two CUDA sources, a header and a file of Triton kernels."""
+    files = {"nvfp4_a.cu": '#include "b.cuh"', "b.cuh": "// b", "int8_a.cu": "", "triton_a.py": "# a"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    families = {"nvfp4": FamilySources(("nvfp4_*.cu",), ("triton_*.py",)), "int8": FamilySources(("int8_*.cu",))}
+    monkeypatch.setattr(evidence, "FAMILIES", families)
     monkeypatch.setattr(evidence, "source_folder", lambda: tmp_path)
-    assert list(family_source_hashes("nvfp4")) == ["sage_kernels/csrc/b.cuh", "sage_kernels/csrc/nvfp4_a.cu"]
-    before = family_source_hashes("nvfp4")
-    (tmp_path / "b.cuh").write_text("// c")
-    after = family_source_hashes("nvfp4")
-    assert [path for path in before if before[path] != after[path]] == ["sage_kernels/csrc/b.cuh"]
+    monkeypatch.setattr(evidence, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(evidence, "VARIANTS", (kernel_variant("nvfp4_a.cu", 1), kernel_variant("int8_a.cu", 1)))
+    monkeypatch.setattr(evidence, "kernel_origin", lambda variant, arch: "ready in the package, by NVRTC 12.8")
+    monkeypatch.setattr(evidence, "find_nvrtc", lambda arch: SimpleNamespace(name="NVRTC 13.0"))
+    monkeypatch.setattr(evidence.metadata, "version", lambda name: "3.6.0")
+    monkeypatch.setattr(evidence.torch.cuda, "get_device_name", lambda: "a GPU")
+    return tmp_path
 
+
+@pytest.mark.parametrize(
+    ("file", "path"),
+    [
+        ("nvfp4_a.cu", "sage_kernels/csrc/nvfp4_a.cu"),
+        ("b.cuh", "sage_kernels/csrc/b.cuh"),
+        ("triton_a.py", "sage_kernels/src/sage_kernels/triton_a.py"),
+    ],
+)
+def test_a_change_of_a_source_or_header_changes_its_hash(package, file, path):
+    before = family_source_hashes("nvfp4")
+    assert len(before) == 3
+    (package / file).write_text((package / file).read_text() + "\n")
+    after = family_source_hashes("nvfp4")
+    assert [each for each in before if before[each] != after[each]] == [path]
+
+
+def test_the_hash_of_the_flags_is_that_of_the_family(monkeypatch):
     variant = kernel_variant("nvfp4_a.cu", 1)
+    monkeypatch.setattr(evidence, "_cuda_sources", lambda family: [f"{family}_a.cu"])
     monkeypatch.setattr(evidence, "VARIANTS", (variant,))
     flags = build_flags_hash("nvfp4")
     monkeypatch.setattr(evidence, "VARIANTS", (variant, kernel_variant("int8_a.cu", 1)))
@@ -177,25 +202,21 @@ def test_files_are_written_whole(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arch", "compiler"), [("sm_120a", "ready in the package, by NVRTC 12.8"), ("sm_90a", "NVRTC 13.0")]
+    ("arch", "compiler"),
+    [("sm_120a", "ready in the package, by NVRTC 12.8, triton 3.6.0"), ("sm_90a", "NVRTC 13.0, triton 3.6.0")],
 )
-def test_the_record_names_what_compiled_the_kernels(monkeypatch, tmp_path, arch, compiler):
-    (tmp_path / "nvfp4_a.cu").touch()
-    monkeypatch.setattr(evidence, "source_folder", lambda: tmp_path)
-    monkeypatch.setattr(evidence, "VARIANTS", (kernel_variant("nvfp4_a.cu", 1), kernel_variant("int8_a.cu", 1)))
-    monkeypatch.setattr(evidence, "kernel_origin", lambda variant, arch: "ready in the package, by NVRTC 12.8")
-    monkeypatch.setattr(evidence, "find_nvrtc", lambda arch: SimpleNamespace(name="NVRTC 13.0"))
-    monkeypatch.setattr(evidence.torch.cuda, "get_device_name", lambda: "a GPU")
+def test_the_record_names_what_compiled_the_kernels(package, arch, compiler):
     assert evidence.make_record(["nvfp4"], [], arch, "commit")["compiler"] == compiler
 
 
-def test_a_record_can_be_made_where_some_kernels_cannot_be_loaded(monkeypatch, tmp_path):
+def test_a_record_can_be_made_where_some_kernels_cannot_be_loaded(package, monkeypatch):
     def no_compiler(arch):
         raise KernelLoadError("no NVRTC")
 
-    (tmp_path / "nvfp4_a.cu").touch()
-    monkeypatch.setattr(evidence, "source_folder", lambda: tmp_path)
-    monkeypatch.setattr(evidence, "VARIANTS", (kernel_variant("nvfp4_a.cu", 1),))
+    def not_installed(name):
+        raise evidence.metadata.PackageNotFoundError(name)
+
     monkeypatch.setattr(evidence, "find_nvrtc", no_compiler)
-    monkeypatch.setattr(evidence.torch.cuda, "get_device_name", lambda: "a GPU")
-    assert evidence.make_record(["nvfp4"], [], "sm_90a", "commit")["compiler"] == "none for some kernels"
+    monkeypatch.setattr(evidence.metadata, "version", not_installed)
+    record = evidence.make_record(["nvfp4"], [], "sm_90a", "commit")
+    assert record["compiler"] == "no compiler for some kernels, no triton"

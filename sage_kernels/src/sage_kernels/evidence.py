@@ -131,7 +131,7 @@ def _compilers(family: str, arch: str) -> Iterator[str]:
             try:
                 yield kernel_origin(variant, arch) if arch in variant.archs else find_nvrtc(arch).name
             except (KernelLoadError, DriverError):
-                yield "none for some kernels"
+                yield "no compiler for some kernels"
     if any(path.endswith(".py") for path in family_source_hashes(family)):
         try:
             yield f"triton {metadata.version('triton')}"
