@@ -34,7 +34,6 @@ pytestmark = [
 ]
 
 RECIPE = RECIPES["fp4"]
-SENTINEL = 777.0
 # Relative L1 between kernel and quantised reference. A bf16 output alone is off by 2^-9 at most, 2^-10.5 on average
 # (7e-4); fp16 by an eighth. Accumulation in another order moves a score by 2^-22 of its range or so, which carries
 # about one weight in 10^4 across a boundary, by a sixth of its group's maximum at most.
@@ -141,18 +140,20 @@ def check(kernel, q, k, v, quality=QUALITY, **options):
     before = [x.clone() for x in (q, k, v)]
     call = call_of(q, k, v, **options)
     state = kernel.prepare(call)
-    poison = torch.full((q.numel() + 64,), SENTINEL, device="cuda", dtype=q.dtype)
+    poison = torch.full((q.numel() + 64,), torch.nan, device="cuda", dtype=q.dtype)
     del poison  # the caching allocator hands this memory to the output: what isn't written shows
     output, lse = kernel.run(state)
     assert all(torch.equal(x, y) for x, y in zip((q, k, v), before, strict=True)), "an input was changed"
-    assert output.dtype == q.dtype and not (output == SENTINEL).any()
+    assert output.dtype == q.dtype
     expected, expected_lse = reference(state, call)
     error = relative_l1(output, expected)
     assert torch.isfinite(output).all()
     assert error < BOUND[q.dtype], error
     finite = torch.isfinite(expected_lse)
     assert torch.equal(finite, torch.isfinite(lse))
-    assert (lse - expected_lse)[finite].abs().max() < 2e-3 if finite.any() else True
+    if finite.any():  # one weight of few that crosses a boundary moves its row's sum by some percent
+        lse_error = (lse - expected_lse)[finite].abs()
+        assert lse_error.mean() < 1e-3 and lse_error.max() < 0.1
     exact, _ = attention_fp32(
         q, k, v, attn_mask=call.attn_mask, is_causal=call.is_causal, scale=call.scale, key_lengths=call.key_lengths
     )
@@ -288,8 +289,8 @@ def test_packed_operands_are_bit_for_bit_those_of_the_formats(kernel, rows, keys
     for mean, expected in zip((packed.key_means, packed.value_means), exact, strict=True):
         assert (mean[..., :head_dim] - expected).abs().max() < 1e-6 * expected.abs().max() + 1e-6
     key_scale, value_scale = (power_of_two_scale(x * valid) for x in (k, v))
-    key = torch.nn.functional.pad((k - packed.key_means[:, :, None, :head_dim]) * valid * key_scale, (0, 0, 0, 0))
-    value = (v - packed.value_means[:, :, None, :head_dim]) * valid * value_scale
+    key = ((k - packed.key_means[:, :, None, :head_dim]) * key_scale).where(valid, 0.0)
+    value = ((v - packed.value_means[:, :, None, :head_dim]) * value_scale).where(valid, 0.0)
     first = quantize_nvfp4(pad_groups(key))
     second = quantize_nvfp4(pad_groups(key - dequantize_nvfp4(first)[..., :head_dim]))
     transposed = quantize_nvfp4(pad_groups(value.transpose(-1, -2)))

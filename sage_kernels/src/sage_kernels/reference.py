@@ -24,7 +24,9 @@ _TILE_ELEMENTS = 1 << 20  # scores held at once: a tile and its temporaries stay
 _P_MAX: dict[PVFormat, float] = {"nvfp4": E4M3_MAX * E2M1_MAX, "fp8": E4M3_MAX, "fp16": 1.0, "none": 1.0}
 _TOKEN_PADDING = NVFP4_GROUP
 _LARGEST_POWER = 126  # its reciprocal is a normal float32 too
-_LINE_OFFSET = 530  # lowers the line between powers of two, in 1/8192, so that it crosses E2M1's thresholds within 0.5 %
+_LINE_OFFSET = (
+    530  # lowers the line between powers of two, in 1/8192, so that it crosses E2M1's thresholds within 0.5 %
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sage_kernels.architectures import Architecture
 from sage_kernels.attention_call import AttentionCall
-from sage_kernels.cubin_loader import LoadedKernel, load_kernel
+from sage_kernels.cubin_loader import load_kernel
 from sage_kernels.formats.nvfp4_tiles import (
     KEY_TILE,
     MAX_HEAD_DIM,
@@ -208,7 +208,7 @@ class NVFP4CudaKernel:
             abs(state.scale) * _LOG2_E,
             state.scale,
         )
-        kernel = _load(
+        kernel = load_kernel(
             nvfp4_attention_variant(value_dim(head_dim), state.mask is not None), device, self.emulate_instructions
         )
         kernel.launch((min(batch * heads * query_tiles, _multiprocessors(kernel.device_index)), 1, 1), parameters)
@@ -289,14 +289,16 @@ class NVFP4CudaKernel:
             _has_vectors(query) and _has_vectors(key) and _has_vectors(value),
             -1.0 if call.scale < 0 else 1.0,
         )
-        queries = _load(nvfp4_prepare_variant("nvfp4_prepare_queries", columns), device, self.emulate_instructions)
+        queries = load_kernel(
+            nvfp4_prepare_variant("nvfp4_prepare_queries", columns), device, self.emulate_instructions
+        )
         queries.launch((batch * kv_heads * chunks * 2 + batch * heads * query_tiles, 1, 1), parameters)
         blocks = batch * kv_heads * -(-key_tiles // _TILES_PER_BLOCK)
         if call.return_lse:
             blocks += batch * heads * -(-call.query_length // _SHIFT_ROWS)
         if packed.tile_seen is not None:
             blocks += packed.tile_seen.numel()
-        keys_values = _load(
+        keys_values = load_kernel(
             nvfp4_prepare_variant("nvfp4_prepare_keys_values", columns), device, self.emulate_instructions
         )
         keys_values.launch((blocks, 1, 1), parameters)
@@ -351,10 +353,6 @@ def _has_vectors(x: Tensor) -> bool:
 @lru_cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def _load(variant: Any, device: torch.device, emulate: bool) -> LoadedKernel:
-    return load_kernel(variant, device, emulate)
 
 
 KERNEL = NVFP4CudaKernel()
