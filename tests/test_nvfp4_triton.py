@@ -32,7 +32,7 @@ CASES = {
     "plain": {"rows": 100, "keys": 77, "causal": False},
     "one token": {"rows": 1, "keys": 1, "causal": False},
     "several tiles": {"rows": 130, "keys": 300, "causal": False, "head_dim": 128},
-    "causal, grouped heads": {"rows": 200, "keys": 130, "causal": True, "heads": 2},
+    "causal, grouped heads": {"rows": 200, "keys": 130, "causal": True, "heads": 4, "kv_heads": 2},
     "causal, more keys": {"rows": 130, "keys": 257, "causal": True, "recipe": {"key_block": 64}},
     "means of 128 rows": {"rows": 200, "keys": 60, "causal": False, "recipe": {"smooth_q_rows": 128}},
     "rescaled at once": {"rows": 60, "keys": 300, "causal": False, "recipe": {"rescale_threshold": 0.0}},
@@ -64,7 +64,7 @@ def interpreted() -> dict[str, dict[str, float]]:
     environ = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    return dict(zip(CASES, map(json.loads, result.stdout.splitlines()), strict=True))
+    return dict(zip((*CASES, "weights"), map(json.loads, result.stdout.splitlines()), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -72,6 +72,10 @@ def test_interpreted_kernel_is_the_quantised_reference(interpreted, case):
     assert interpreted[case]["relative_l1"] < OUTPUT_BOUND
     assert interpreted[case]["lse"] < LSE_BOUND
     assert interpreted[case]["nan"] == 0
+
+
+def test_interpreted_weights_round_as_the_format_does(interpreted):
+    assert interpreted["weights"] == {"codes": 0, "scales": 0, "sums": 0}
 
 
 @pytest.mark.parametrize(("capability", "head_dim", "causal"), [(100, 64, False), (100, 128, True), (103, 128, False)])

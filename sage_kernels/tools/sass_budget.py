@@ -9,7 +9,8 @@ that loop costs is spread over the steps that the consumers make of it.
 
 Only the common path is counted. Blocks that are entered only through one side of a branch whose other side goes past
 them, to the end of the turn, with all the useful OMMA, are a detour: raising a row's maximum, waiting again for a
-barrier, and the loading of the next tile, which one correction warp does. Detours are listed with their size.
+barrier, and the loading of the next tile, which one correction warp does. Of two ways around each other the one that
+arrives on a barrier is the common one, or else the longer one. Detours are listed with their size.
 
 The model is fixed, so that kernels can be compared. Two steps on each quadrant of a multiprocessor take, in cycles,
 T = 16 OMMA on the tensor pipe, M = 8 MUFU on the special-function pipe, I = 1 for each other instruction's issue, and
@@ -25,9 +26,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sass_listing import Function, Instruction, Loop, SassError, disassemble, find_detours, find_loops, parse
+from disassembly import disassemble, find_nvdisasm
+from sass_listing import Function, Instruction, Loop, SassError, find_detours, find_loops, parse
 
 STEP_SCORES = 16 * 128
+WORK = ("OMMA", "SYNCS.ARRIVE")  # what a turn is for: products, and handing the tile's memory back
 STEPS_A_QUADRANT = 2
 STEPS_A_MULTIPROCESSOR = 8
 SERIAL_SHARE = 0.79  # of the other pipes' cycles that the public kernel does not hide behind its MMAs
@@ -177,7 +180,7 @@ def _class(instruction: Instruction) -> str:
 
 def count_loop(function: Function, loop: Loop, minimum: float) -> LoopCount:
     """A turn of the loop without its detours; at least `minimum` OMMA stay."""
-    detours = find_detours(function, loop, "OMMA", minimum)
+    detours = find_detours(function, loop, WORK, minimum)
     common = loop.blocks.difference(*(detour.blocks for detour in detours))
     sizes = {detour.label: function.count(detour.blocks, "") for detour in detours}
     return LoopCount(function.blocks[loop.header].label, count(function.instructions(common)), sizes)
@@ -314,9 +317,8 @@ def main(arguments: list[str] | None = None) -> int:
     useful = options.useful or useful_omma(options.rows, options.keys, options.head_dim)
     tiling = Tiling(options.rows, options.keys, useful, options.consumers, options.correctors)
     try:
-        listing = options.cubin.read_text() if options.cubin.suffix == ".sass" else disassemble(options.cubin)
-        report = make_report(parse(listing), tiling, options.head_dim)
-    except (SassError, OSError) as error:
+        report = make_report(parse(read_listing(options.cubin)), tiling, options.head_dim)
+    except (SassError, OSError, ValueError) as error:
         print(f"sass_budget: {error}", file=sys.stderr)
         return 2
     print(json.dumps(asdict(report), indent=2) if options.json else format_report(report))
@@ -324,6 +326,21 @@ def main(arguments: list[str] | None = None) -> int:
     for failure in failures:
         print(f"sass_budget: {failure}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def read_listing(file: Path) -> str:
+    """A listing from a file, or that of a cubin.
+
+    Raises:
+        SassError: there is no nvdisasm.
+        ValueError: nvdisasm can't read the cubin.
+    """
+    if file.suffix == ".sass":
+        return file.read_text(encoding="utf-8")
+    nvdisasm = find_nvdisasm()
+    if nvdisasm is None:
+        raise SassError("there is no nvdisasm; install it with: pip install nvidia-cuda-nvdisasm")
+    return disassemble(file.read_bytes(), nvdisasm)
 
 
 def useful_omma(rows: int, keys: int, head_dim: int) -> float:

@@ -1,12 +1,8 @@
 """Control flow of a kernel from nvdisasm's listing: instructions, basic blocks, loops, and what a loop's turn skips."""
 
-import importlib.util
 import re
-import shutil
-import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 _FUNCTION = re.compile(r"\.text\.([\w$]+):")
 _LABEL = re.compile(r"(\.L\w+):")
@@ -87,35 +83,6 @@ class Function:
         return sum(instruction.opcode.startswith(opcode) for instruction in self.instructions(blocks))
 
 
-def disassemble(cubin: Path) -> str:
-    """nvdisasm's listing with control-flow labels.
-
-    Raises:
-        SassError: there is no nvdisasm, or it can't read the file.
-    """
-    command = [find_nvdisasm(), "-c", str(cubin)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise SassError(f"{' '.join(command)} failed: {result.stderr.strip()}")
-    return result.stdout
-
-
-def find_nvdisasm() -> str:
-    """The nvdisasm of the nvidia-cuda-nvdisasm package, else of the PATH.
-
-    Raises:
-        SassError: there is none.
-    """
-    package = importlib.util.find_spec("nvidia")
-    for folder in package.submodule_search_locations or [] if package else []:
-        for file in sorted(Path(folder).glob("cu*/bin/nvdisasm*"), reverse=True):
-            return str(file)
-    found = shutil.which("nvdisasm")
-    if found is None:
-        raise SassError("there is no nvdisasm; install it with: pip install nvidia-cuda-nvdisasm")
-    return found
-
-
 def parse(listing: str) -> list[Function]:
     """The functions of a listing.
 
@@ -190,24 +157,27 @@ def find_loops(function: Function) -> list[Loop]:
     return [Loop(header, frozenset(body)) for header, body in bodies.items()]
 
 
-def find_detours(function: Function, loop: Loop, opcode: str, minimum: float) -> list[Detour]:
+def find_detours(function: Function, loop: Loop, work: tuple[str, ...], minimum: float) -> list[Detour]:
     """What a turn of the loop normally goes past: the outermost detours without which it still has its work.
 
-    The work is at least `minimum` instructions whose opcode begins with `opcode`. Where both sides of a branch are ways
-    around each other, the one with more of them is no detour, or else the one that releases a barrier (a turn that does
-    not is to be taken again), or else the longer one.
+    Args:
+        function: the loop's.
+        loop: one of find_loops.
+        work: beginnings of the opcodes that a turn is for, the weightiest first. Where both sides of a branch are ways
+            around each other, the one with more of them, or else the longer one, is no detour.
+        minimum: how many of the first a turn has.
     """
 
-    def size(blocks: frozenset[int]) -> tuple[int, int, int]:
-        return function.count(blocks, opcode), function.count(blocks, "SYNCS.ARRIVE"), function.count(blocks, "")
+    def weight(detour: Detour) -> tuple[int, ...]:
+        return tuple(function.count(detour.blocks, opcode) for opcode in (*work, ""))
 
     candidates = []
     for sides in _optional_sides(function, loop):
-        candidates += sorted(sides, key=lambda side: size(side.blocks))[: 1 if len(sides) == 2 else None]
+        candidates += sorted(sides, key=weight)[: 1 if len(sides) == 2 else None]
     detours: list[Detour] = []
     remaining = loop.blocks
-    for detour in sorted(candidates, key=lambda side: (size(side.blocks)[0], -len(side.blocks))):
-        if detour.blocks <= remaining and function.count(remaining - detour.blocks, opcode) >= minimum:
+    for detour in sorted(candidates, key=lambda side: (weight(side)[0], -len(side.blocks))):
+        if detour.blocks <= remaining and function.count(remaining - detour.blocks, work[0]) >= minimum:
             detours.append(detour)
             remaining -= detour.blocks
     return sorted(detours, key=lambda detour: min(detour.blocks))
