@@ -114,7 +114,9 @@ def test_no_shipped_cubin_emulates(kernels, cubin_elf):
     assert [kernel["file"] for kernel, cubin in kernels if EMULATION_MARKER in cubin_elf.symbol_names(cubin)] == []
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize(
+    "variant", {variant.source: variant for variant in reversed(VARIANTS)}.values(), ids=lambda variant: variant.source
+)
 def test_the_emulated_build_of_a_source_carries_the_marker(variant, nvrtc_12_8, cubin_elf):
     texts = collect_sources(source_folder(), variant.source)
     if not any(EMULATION_OPTION[2:].partition("=")[0] in text for text in texts.values()):

@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda", options.device)
     if options.device >= torch.cuda.device_count() or device_architecture(device) is None:
         print(
-            f"selftest: there is no NVIDIA GPU {options.device}; torch sees {torch.cuda.device_count()} GPUs. In detail:"
+            f"selftest: there is no NVIDIA GPU {options.device}; torch sees {torch.cuda.device_count()} GPUs. "
+            "In detail:"
         )
         print(doctor())
         return 1
