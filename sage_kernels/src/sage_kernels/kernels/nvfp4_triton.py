@@ -24,7 +24,7 @@ ARCHITECTURES = ("sm_100a", "sm_103a")
 HEAD_DIMS = (64, 128)
 OLDEST_TRITON = (3, 9)  # older ones can't compile the chain of products for tcgen05
 QUERY_TILE = 128
-# tcgen05 contracts 64 keys or more at a time, and has special-function units to spare.
+# tcgen05 contracts 64 keys or more at a time.
 RECIPE = replace(RECIPES["fp4"], key_block=128, linear_exp_of_8=0)
 
 

@@ -2,6 +2,9 @@
 
 Triton makes of `tl.dot_scaled` what the GPU has: tcgen05 block-scaled MMAs on sm_100 and sm_103, elsewhere a product of
 16-bit numbers, in which the operands are exact.
+
+delta_s takes two more products with the mean of each row's block as the row. That triples the multiplications of Q K^T
+(its price on those GPUs is not measured), and needs neither a matrix of delta_s nor 16-bit keys in memory.
 """
 
 import triton
