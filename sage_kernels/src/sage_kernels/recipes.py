@@ -19,6 +19,8 @@ class Recipe:
         smooth_q_rows: query rows that share a subtracted mean (SageAttention3's smooth Q); 0 subtracts nothing.
         smooth_k: subtract the mean key of each head.
         smooth_v: subtract the mean value of each head and add it back to the output; exact, since rows of P sum to one.
+        recenter_v: what smoothing V adds back is the mean that the quantised values lack, rather than the mean that was
+            subtracted: rounding errors of V then have mean zero in every channel.
         key_block: keys that one step of the online softmax takes.
         rescale_threshold: the output is rescaled only when the row maximum has grown by more than this many powers of
             two; P is stretched that much less, to keep headroom.
@@ -30,9 +32,10 @@ class Recipe:
     smooth_q_rows: int = 0
     smooth_k: bool = True
     smooth_v: bool = False
+    recenter_v: bool = False
     key_block: int = 128
     rescale_threshold: float = 0.0
-    int8_rows: tuple[int, int] = (32, 64)
+    int8_rows: tuple[int, int] = (1, 128)
 
 
 EXACT = Recipe(qk="none", pv="none", smooth_k=False, key_block=512)
@@ -41,6 +44,6 @@ SAGE_ATTENTION_3 = Recipe(qk="nvfp4", pv="nvfp4", smooth_q_rows=128)
 RECIPES: dict[Precision, Recipe] = {
     "fp4": Recipe(qk="nvfp4", pv="nvfp4", smooth_q_rows=128, smooth_v=True),
     "fp8_fp4": Recipe(qk="mxfp8", pv="nvfp4", smooth_q_rows=128, smooth_v=True),
-    "int8": Recipe(qk="int8", pv="fp8", smooth_v=True, key_block=64),
-    "int8_fp16": Recipe(qk="int8", pv="fp16", key_block=64),
+    "int8": Recipe(qk="int8", pv="fp8", smooth_v=True, recenter_v=True),
+    "int8_fp16": Recipe(qk="int8", pv="fp16"),
 }
