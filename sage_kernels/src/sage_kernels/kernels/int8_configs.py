@@ -21,6 +21,7 @@ class AttentionConfig:
     warps: int
     stages: int
     partial_sums: bool = False
+    sum: int = 0
 
 
 def find_config(architecture: Architecture | None, block_d: int, is_causal: bool, fp8: bool) -> AttentionConfig:

@@ -244,6 +244,7 @@ def _attend(state: _State) -> tuple[Tensor, Tensor | None]:
         WITH_LSE=state.return_lse,
         FP8=state.fp8,
         PARTIAL_SUMS=config.partial_sums,
+        SUM=config.sum,
         num_warps=config.warps,
         num_stages=config.stages,
     )

@@ -56,6 +56,7 @@ def _walk(
     first,
     last,
     BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EDGE: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -63,6 +64,7 @@ def _walk(
     MAY_BE_EMPTY: tl.constexpr,
     FP8: tl.constexpr,
     PARTIAL_SUMS: tl.constexpr,
+    SUM: tl.constexpr,
 ):
     """Online softmax over key tiles first to last - 1; EDGE tiles may hold keys that some row must not see."""
     lanes = tl.arange(0, BLOCK_N)
@@ -89,18 +91,41 @@ def _walk(
         accumulator = accumulator * rescale[:, None]
         if FP8:
             p = weights.to(tl.float8e4nv)
+            # The order of V's tokens: each thread's scores are then its operand of the MMA as they are.
+            p = tl.reshape(p, [BLOCK_M, BLOCK_N // 16, 2, 4, 2])
+            p = tl.reshape(tl.permute(p, [0, 1, 3, 2, 4]), [BLOCK_M, BLOCK_N])
             v = tl.load(value_codes + start + (lanes[:, None] + columns[None, :] * value_row_stride))
             accumulator = tl.dot(p, v, accumulator, max_num_imprecise_acc=BLOCK_N if PARTIAL_SUMS else None)
         else:
             p = weights.to(tl.float16)
             v = tl.load(value_codes + row_offset + (lanes[:, None] * BLOCK_D + columns[None, :]))
             accumulator = tl.dot(p, v, accumulator)
-        row_sum = row_sum * rescale + tl.sum(p.to(tl.float32), 1)
+        if SUM == 0:
+            row_sum = row_sum * rescale + tl.sum(p.to(tl.float32), 1)
+        elif SUM == 1:
+            row_sum = row_sum * rescale + tl.sum(weights, 1)
+        else:
+            ones = tl.full([BLOCK_N, 16], 1.0, tl.float32).to(p.dtype)
+            row_sum = row_sum * rescale + tl.max(tl.dot(p, ones), 1)
         row_max = new_max
     return accumulator, row_sum, row_max
 
 
-@triton.jit
+# Sizes that differ from call to call: none of them is worth a compilation of its own.
+_SIZES = [
+    "heads",
+    "kv_heads",
+    "query_length",
+    "key_length",
+    "query_tiles",
+    "key_tiles",
+    "row_blocks",
+    "mask_batch_stride",
+    "mask_head_stride",
+]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def attend(
     query_codes,
     query_scales,
@@ -140,6 +165,7 @@ def attend(
     WITH_LSE: tl.constexpr,
     FP8: tl.constexpr,
     PARTIAL_SUMS: tl.constexpr,
+    SUM: tl.constexpr,
 ):
     """softmax(Q K^T * softmax_scale + mask) V for BLOCK_M rows of one head; LSE in natural log."""
     program = tl.program_id(0)
@@ -178,12 +204,12 @@ def attend(
     accumulator, row_sum, row_max = _walk(
         accumulator, row_sum, row_max, q, query_factor, key_codes, key_scales, value_codes, value_row_stride,
         mask, mask_column_stride, rows, keys_end, 0, full,
-        BLOCK_D, BLOCK_N, False, CAUSAL, MASK, may_be_empty, FP8, PARTIAL_SUMS,
+        BLOCK_D, BLOCK_M, BLOCK_N, False, CAUSAL, MASK, may_be_empty, FP8, PARTIAL_SUMS, SUM,
     )  # fmt: skip
     accumulator, row_sum, row_max = _walk(
         accumulator, row_sum, row_max, q, query_factor, key_codes, key_scales, value_codes, value_row_stride,
         mask, mask_column_stride, rows, keys_end, full, last,
-        BLOCK_D, BLOCK_N, True, CAUSAL, MASK, may_be_empty, FP8, PARTIAL_SUMS,
+        BLOCK_D, BLOCK_M, BLOCK_N, True, CAUSAL, MASK, may_be_empty, FP8, PARTIAL_SUMS, SUM,
     )  # fmt: skip
 
     empty = row_sum == 0

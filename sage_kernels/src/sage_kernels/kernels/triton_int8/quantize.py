@@ -42,7 +42,7 @@ def _valid_keys(lengths, batch, key_length, HAS_LENGTHS: tl.constexpr):
     return key_length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kv_heads", "key_length", "steps"])
 def gather_statistics(
     key,
     value,
@@ -127,6 +127,12 @@ def _store_int8(x, rows, codes, scales, BLOCK_D: tl.constexpr, SHARED: tl.conste
 
 
 @triton.jit
+def _permuted(position):
+    """The token at each position of 16 stored ones: 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15."""
+    return position // 16 * 16 + position // 2 % 2 * 8 + position % 16 // 4 * 2 + position % 2
+
+
+@triton.jit
 def _power_of_two_scale(absmax):
     """reference.power_of_two_scale of one positive number, up to 2^126; 1 for 0, NaN and infinity."""
     bits = absmax.to(tl.int32, bitcast=True)
@@ -137,7 +143,20 @@ def _power_of_two_scale(absmax):
     return tl.where((absmax > 0) & (absmax < _INF), scale, 1.0)
 
 
-@triton.jit
+# Sizes that differ from call to call: none of them is worth a compilation of its own.
+_SIZES = [
+    "heads",
+    "kv_heads",
+    "query_length",
+    "key_length",
+    "query_tiles",
+    "key_tiles",
+    "query_programs",
+    "key_programs",
+]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def quantize(
     query,
     key,
@@ -223,7 +242,7 @@ def quantize(
             largest = tl.max(_load_partials(partials, head, 3, CHUNKS, BLOCK_D), 0)
             channel = head * BLOCK_D + columns
             if FP8:
-                rows = tile * TILE + lanes
+                rows = tile * TILE + _permuted(lanes)
                 x = _load_rows(value, rows, value_row_stride, columns, value_column_stride, rows < length, HEAD_DIM)
                 mean = _mean(partials, head, 1, length, CHUNKS, BLOCK_D)
                 absmax = tl.where(length > 0, tl.maximum(largest - mean, mean - smallest), 0.0)
@@ -235,7 +254,7 @@ def quantize(
                 codes = tl.clamp(x, -_E4M3_MAX, _E4M3_MAX).to(tl.float8e4nv)
                 sums = tl.sum((codes.to(tl.float32) / E4M3_STEP).to(tl.int32), 0)
                 tl.atomic_add(code_sums + channel, sums.to(tl.int64), sem="relaxed")
-                offsets = columns[:, None] * padded + rows[None, :]
+                offsets = columns[:, None] * padded + (tile * TILE + lanes)[None, :]
                 tl.store(value_codes + head * padded * BLOCK_D + offsets, tl.trans(codes))
                 if tile == 0:
                     tl.store(value_scales + channel, scale)
