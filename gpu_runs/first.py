@@ -20,7 +20,7 @@ SHAPES = {
     "cogvideox2b": (1, 30, 17776, 64, False), "sdxl": (2, 10, 4096, 64, False), "llm32k": (1, 32, 32768, 128, True),
     "hunyuan": (1, 24, 65536, 128, False),
 }
-SWEEP = [(bm, bn, w, st, sm, pt) for bm, bn, w, st in [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 128, 4, 3), (64, 64, 4, 3), (128, 128, 4, 3), (256, 64, 8, 3), (256, 128, 8, 2), (128, 256, 8, 2)] for sm in (1,) for pt in (False,)]
+SWEEP = [(bm, bn, w, st, sm, pt) for bm, bn, w, st in [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 128, 4, 3), (64, 64, 4, 3), (64, 64, 4, 4)] for sm in (1,) for pt in (False,)]
 SWEEP += [(128, 128, 8, 3, 0, False), (128, 128, 8, 3, 2, False), (128, 128, 8, 3, 1, True), (64, 128, 4, 3, 2, False), (128, 64, 4, 3, 0, False), (128, 64, 8, 3, 2, False)]
 KERNEL = {k.precision: k for k in int8_triton.KERNELS}
 
@@ -57,49 +57,57 @@ def warm(job):
         return f"{job}: {str(error)[:150]}"
 
 
-def correctness():
-    rng = random.Random(0)
-    torch.manual_seed(0)
+def correctness_case(number):
+    torch.set_num_threads(1)
+    rng = random.Random(number)
+    torch.manual_seed(number)
+    d = [64, 128, 40, 256, 80, 128, 96, 32][number % 8]
+    b, hkv, g = rng.randint(1, 2), rng.randint(1, 3), rng.choice([1, 1, 2])
+    nq, nk = rng.choice([1, 77, 128, 300, 1000]), rng.choice([1, 63, 128, 129, 500, 1100])
+    kind = ["none", "causal", "bool", "additive", "lengths"][number % 5]
+    dtype = [torch.bfloat16, torch.float16, torch.float32][number % 3] if number >= 16 else torch.bfloat16
+    q, k, v = data(b, hkv * g, nq, d, hkv, nk, dtype)
+    if number % 4 == 1:
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    o = {"is_causal": kind == "causal"}
+    shape = rng.choice([(b, hkv * g, nq, nk), (b, 1, 1, nk), (nq, nk), (1, 1, nq, 1)])
+    if kind == "bool":
+        o["attn_mask"] = torch.rand(shape, device="cuda") > 0.3
+    if kind == "additive":
+        o["attn_mask"] = torch.randn(shape, device="cuda", dtype=dtype).masked_fill(torch.rand(shape, device="cuda") > 0.9, -torch.inf)
+    if kind == "lengths":
+        o["key_lengths"] = torch.tensor([rng.randint(0, nk) for _ in range(b)], dtype=torch.int32, device="cuda")
+    o["scale"] = rng.choice([None, None, -0.1])
+    rows = []
+    for precision, kernel in KERNEL.items():
+        try:
+            call = call_of(q, k, v, precision, lse=True, **o)
+            before = [x.clone() for x in (q, k, v)]
+            out, lse = kernel.run(kernel.prepare(call))
+            inputs = [x.bfloat16() if dtype == torch.float32 else x for x in (q, k, v)]
+            ref, ref_lse = quantized_attention(*inputs, kernel.recipe(call), **o)
+            exact, _ = attention_fp32(*inputs, **o)
+            finite = ref_lse.isfinite()
+            e = {"lse": (lse - ref_lse)[finite].abs().max().item() if finite.any() else 0.0}
+            e["ref_fp32out" if dtype == torch.float32 else "ref_16bit"] = l1(out, ref) if ref.any() else out.float().abs().max().item()
+            e["fp32"] = l1(out, exact) if exact.any() else 0.0
+            bad = e["fp32"] > (0.06 if precision == "int8" else 0.03) or not torch.equal(finite, lse.isfinite()) or not all(torch.equal(x, y) for x, y in zip(before, (q, k, v)))
+            bad |= max(e.get("ref_16bit", 0), e.get("ref_fp32out", 0)) > 0.01
+        except Exception as error:
+            bad, e = True, {"error": str(error)[:300]}
+        rows.append((precision, bad, e, (number, precision, (b, hkv * g, hkv, nq, nk, d), kind, shape, dtype, o["scale"])))
+    return rows
+
+
+def correctness(results):
     worst, failures = {}, 0
-    for number in range(64):
-        d = [64, 128, 40, 256, 80, 128, 96, 32][number % 8]
-        b, hkv, g = rng.randint(1, 2), rng.randint(1, 3), rng.choice([1, 1, 2])
-        nq, nk = rng.choice([1, 77, 128, 300, 1000]), rng.choice([1, 63, 128, 129, 500, 1100])
-        kind = ["none", "causal", "bool", "additive", "lengths"][number % 5]
-        dtype = [torch.bfloat16, torch.float16, torch.float32][number % 3] if number >= 16 else torch.bfloat16
-        q, k, v = data(b, hkv * g, nq, d, hkv, nk, dtype)
-        if number % 4 == 1:
-            q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
-        o = {"is_causal": kind == "causal"}
-        shape = rng.choice([(b, hkv * g, nq, nk), (b, 1, 1, nk), (nq, nk), (1, 1, nq, 1)])
-        if kind == "bool":
-            o["attn_mask"] = torch.rand(shape, device="cuda") > 0.3
-        if kind == "additive":
-            o["attn_mask"] = torch.randn(shape, device="cuda", dtype=dtype).masked_fill(torch.rand(shape, device="cuda") > 0.9, -torch.inf)
-        if kind == "lengths":
-            o["key_lengths"] = torch.tensor([rng.randint(0, nk) for _ in range(b)], dtype=torch.int32, device="cuda")
-        o["scale"] = rng.choice([None, None, -0.1])
-        for precision, kernel in KERNEL.items():
-            try:
-                call = call_of(q, k, v, precision, lse=True, **o)
-                before = [x.clone() for x in (q, k, v)]
-                out, lse = kernel.run(kernel.prepare(call))
-                inputs = [x.bfloat16() if dtype == torch.float32 else x for x in (q, k, v)]
-                ref, ref_lse = quantized_attention(*inputs, kernel.recipe(call), **o)
-                exact, _ = attention_fp32(*inputs, **o)
-                finite = ref_lse.isfinite()
-                e = {"ref": l1(out, ref) if ref.any() else out.float().abs().max().item(), "lse": (lse - ref_lse)[finite].abs().max().item() if finite.any() else 0.0}
-                e["ref_fp32out" if dtype == torch.float32 else "ref_16bit"] = e.pop("ref")
-                e["fp32"] = l1(out, exact) if exact.any() else 0.0
-                bad = e["fp32"] > (0.06 if precision == "int8" else 0.03) or not torch.equal(finite, lse.isfinite()) or not all(torch.equal(x, y) for x, y in zip(before, (q, k, v)))
-                bad |= max(e.get("ref_16bit", 0), e.get("ref_fp32out", 0)) > 0.01
-                for name, value in e.items():
-                    worst[precision, name] = max(worst.get((precision, name), 0), value)
-            except Exception as error:
-                bad, e = True, str(error)[:300]
-            if bad:
-                failures += 1
-                print("BAD", number, precision, (b, hkv * g, hkv, nq, nk, d), kind, shape, dtype, o["scale"], e)
+    for precision, bad, e, case in itertools.chain(*results):
+        if bad:
+            failures += 1
+            print("BAD", case, e)
+        for name, value in e.items():
+            if name != "error":
+                worst[precision, name] = max(worst.get((precision, name), 0), value)
     print("correctness: failures", failures, "worst", {" ".join(n): f"{v:.1e}" for n, v in worst.items()}, f"{time.time() - START:.0f} s")
 
 
@@ -176,9 +184,11 @@ if __name__ == "__main__":
     jobs += [(d, p, None, c) for d in (128, 64) for p in KERNEL for c in (False, True)]
     random.Random(0).shuffle(jobs)
     with multiprocessing.get_context("spawn").Pool(14) as pool:
-        problems = [r for r in pool.imap_unordered(warm, jobs, chunksize=2) if r]
+        results = pool.map_async(correctness_case, range(64), chunksize=1)
+        problems = [r for r in pool.imap_unordered(warm, jobs, chunksize=1) if r]
+        results = results.get()
     print(torch.cuda.get_device_name(), torch.__version__, f"compiled {len(jobs)} in {time.time() - START:.0f} s; problems:", problems)
-    correctness()
+    correctness(results)
     accuracy()
     timings()
     sweep()
