@@ -184,7 +184,7 @@ if __name__ == "__main__":
     jobs += [(d, p, None, c) for d in (128, 64) for p in KERNEL for c in (False, True)]
     random.Random(0).shuffle(jobs)
     with multiprocessing.get_context("spawn").Pool(14) as pool:
-        results = pool.map_async(correctness_case, range(64), chunksize=1)
+        results = pool.map_async(correctness_case, range(44), chunksize=1)
         problems = [r for r in pool.imap_unordered(warm, jobs, chunksize=1) if r]
         results = results.get()
     print(torch.cuda.get_device_name(), torch.__version__, f"compiled {len(jobs)} in {time.time() - START:.0f} s; problems:", problems)
