@@ -24,10 +24,12 @@ class AttentionConfig:
     sum: int = 0
 
 
-def find_config(architecture: Architecture | None, block_d: int, is_causal: bool, fp8: bool) -> AttentionConfig:
-    """The row for a head_dim padded to `block_d`; None is Triton's interpreter on the CPU."""
+def find_config(
+    architecture: Architecture | None, block_d: int, is_causal: bool, fp8: bool, mask_bytes: int = 0
+) -> AttentionConfig:
+    """The row for a head_dim padded to `block_d` and a mask's element size; None is Triton's interpreter on the CPU."""
     if architecture is not None and architecture.capability == (9, 0):
-        if block_d <= 128:
+        if block_d <= 128 and mask_bytes <= 1:
             return AttentionConfig(128, 128, 8, 3)
         return AttentionConfig(128, 64, 8, 2)
     if block_d <= 64:

@@ -69,7 +69,7 @@ class Int8TritonKernel:
     def recipe(self, call: AttentionCall) -> Recipe:
         """What this call computes, for comparison with `reference.quantized_attention`."""
         fp8 = self._uses_fp8(call)
-        config = find_config(device_architecture(call.device), _block_d(call.head_dim), call.is_causal, fp8)
+        config = _config(call, fp8)
         return replace(RECIPES["int8" if fp8 else "int8_fp16"], key_block=config.block_n)
 
     def prepare(self, call: AttentionCall) -> _State:
@@ -80,7 +80,7 @@ class Int8TritonKernel:
             operands = _quantize(call, block_d, fp8)
         return _State(
             operands,
-            find_config(device_architecture(call.device), block_d, call.is_causal, fp8),
+            _config(call, fp8),
             call.batch,
             call.heads,
             call.kv_heads,
@@ -104,6 +104,11 @@ class Int8TritonKernel:
     def _uses_fp8(self, call: AttentionCall) -> bool:
         architecture = device_architecture(call.device)
         return self.precision == "int8" and (architecture is None or architecture.fp8_mma)
+
+
+def _config(call: AttentionCall, fp8: bool) -> AttentionConfig:
+    mask_bytes = 0 if call.attn_mask is None else call.attn_mask.element_size()
+    return find_config(device_architecture(call.device), _block_d(call.head_dim), call.is_causal, fp8, mask_bytes)
 
 
 def _quantize(call: AttentionCall, block_d: int, fp8: bool) -> Int8Operands:
@@ -153,6 +158,7 @@ def _quantize(call: AttentionCall, block_d: int, fp8: bool) -> Int8Operands:
         HAS_LENGTHS=lengths is not None,
         FP8=fp8,
         num_warps=8,
+        enable_fp_fusion=False,  # codes are bit by bit those of formats.int8
     )
     query_programs, key_programs = query_heads * query_tiles, kv_heads * key_tiles
     quantize.quantize[(query_programs + 2 * key_programs,)](
@@ -189,6 +195,7 @@ def _quantize(call: AttentionCall, block_d: int, fp8: bool) -> Int8Operands:
         WITH_SHIFT=call.return_lse,
         FP8=fp8,
         num_warps=8,
+        enable_fp_fusion=False,  # codes are bit by bit those of formats.int8
     )
     return operands
 
@@ -247,6 +254,7 @@ def _attend(state: _State) -> tuple[Tensor, Tensor | None]:
         SUM=config.sum,
         num_warps=config.warps,
         num_stages=config.stages,
+        enable_fp_fusion=True,
     )
     return output, lse
 

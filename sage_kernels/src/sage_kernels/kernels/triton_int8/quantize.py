@@ -16,7 +16,6 @@ _INT8_MAX = tl.constexpr(127.0)
 _E4M3_MAX = tl.constexpr(448.0)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to an integer, ties to even
 _INF = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -33,6 +32,14 @@ def _load_rows(pointer, rows, row_stride, columns, column_stride, valid, HEAD_DI
 def _infinite_where_not_finite(magnitude):
     """Makes a NaN show up in a maximum, which would pass over it."""
     return tl.where(magnitude < _INF, magnitude, _INF)
+
+
+@triton.jit
+def _scale(absmax, limit: tl.constexpr):
+    """absmax / limit; NaN where that is not finite."""
+    # inf - inf, because a NaN can't be a global: Triton compares globals at each launch, and a NaN differs from itself.
+    quotient = tl.div_rn(absmax, tl.full(absmax.shape, limit, tl.float32))
+    return tl.where(absmax < _INF, quotient, absmax - absmax)
 
 
 @triton.jit
@@ -114,7 +121,7 @@ def _store_int8(x, rows, codes, scales, BLOCK_D: tl.constexpr, SHARED: tl.conste
     absmax = tl.max(_infinite_where_not_finite(tl.abs(x)), 1)
     if SHARED:
         absmax = tl.full([TILE], 1.0, tl.float32) * tl.max(absmax, 0)
-    scale = tl.where(absmax < _INF, tl.div_rn(absmax, tl.full([TILE], _INT8_MAX, tl.float32)), _NAN)
+    scale = _scale(absmax, _INT8_MAX)
     divisor = tl.where(scale > 0, scale, 1.0)
     quotient = tl.div_rn(x, tl.broadcast_to(divisor[:, None], [TILE, BLOCK_D]))
     rounded = (tl.where((scale > 0)[:, None], quotient, 0.0) + _ROUND) - _ROUND
@@ -246,8 +253,7 @@ def quantize(
                 x = _load_rows(value, rows, value_row_stride, columns, value_column_stride, rows < length, HEAD_DIM)
                 mean = _mean(partials, head, 1, length, CHUNKS, BLOCK_D)
                 absmax = tl.where(length > 0, tl.maximum(largest - mean, mean - smallest), 0.0)
-                scale = tl.div_rn(absmax, tl.full([BLOCK_D], _E4M3_MAX, tl.float32))
-                scale = tl.where(absmax < _INF, scale, _NAN)
+                scale = _scale(absmax, _E4M3_MAX)
                 x = tl.where((rows < length)[:, None], x - mean[None, :], 0.0)
                 divisor = tl.broadcast_to(tl.where(scale > 0, scale, 1.0)[None, :], [TILE, BLOCK_D])
                 x = tl.where((scale > 0)[None, :], tl.div_rn(x, divisor), 0.0)
