@@ -40,15 +40,18 @@ class KernelVariant:
     @property
     def name(self) -> str:
         """Unique among VARIANTS, such as "nvfp4_attention_d128_causal"."""
-        parts = [self.entry, f"d{self.head_dim}"]
+        return "_".join([self.entry, *self._distinctions()])
+
+    def cubin_name(self, arch: str) -> str:
+        """File name of its cubin for `arch`; kernels of one source and the same defines share one."""
+        return "_".join([self.source.partition(".")[0], *self._distinctions(), arch]) + ".cubin"
+
+    def _distinctions(self) -> list[str]:
+        parts = [f"d{self.head_dim}"]
         parts += ["causal"] if self.causal else []
         parts += [f"mask_{self.mask}"] if self.mask != "none" else []
         parts += [self.dtype] if self.dtype != "any" else []
-        return "_".join(parts)
-
-    def cubin_name(self, arch: str) -> str:
-        """File name of its cubin for `arch`."""
-        return f"{self.name}_{arch}.cubin"
+        return parts
 
     def compile_options(self, arch: str, emulate: bool = False) -> tuple[str, ...]:
         """Options of NVRTC: IEEE arithmetic, because every fast approximation is written out in the sources."""
