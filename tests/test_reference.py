@@ -236,7 +236,12 @@ def test_deferred_rescaling_keeps_headroom(threshold, monkeypatch):
     eager, _ = quantized_attention(q, k, v, SAGE_ATTENTION_3)
     largest = []
     round_p = reference._round_p
-    monkeypatch.setattr(reference, "_round_p", lambda p, pv: largest.append(p.max().item()) or round_p(p, pv))
+
+    def note_largest(powers, recipe):
+        largest.append(powers.max().exp2().item())
+        return round_p(powers, recipe)
+
+    monkeypatch.setattr(reference, "_round_p", note_largest)
     recipe = Recipe("nvfp4", "nvfp4", smooth_q_rows=128, rescale_threshold=threshold)
     deferred, _ = quantized_attention(q, k, v, recipe)
     assert 2688 * 0.9 < max(largest) <= 2688 * 1.0001
@@ -258,3 +263,12 @@ def test_no_query_rows_give_an_empty_result():
         output, lse = quantized_attention(q, k, v, recipe)
         assert output.shape == (2, 4, 0, 64)
         assert lse.shape == (2, 4, 0)
+
+
+@pytest.mark.parametrize("precision", RECIPES)
+def test_key_lengths_beyond_the_keys_change_nothing(precision):
+    q, k, v = qkv()
+    expected, _ = quantized_attention(q, k, v, RECIPES[precision])
+    lengths = torch.tensor([127, 500], dtype=torch.int32)
+    output, _ = quantized_attention(q, k, v, RECIPES[precision], key_lengths=lengths)
+    assert torch.allclose(output, expected, atol=1e-5)

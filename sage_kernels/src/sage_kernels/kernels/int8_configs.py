@@ -24,14 +24,13 @@ class AttentionConfig:
     sum: int = 0
 
 
-def find_config(
-    architecture: Architecture | None, block_d: int, is_causal: bool, fp8: bool, mask_bytes: int = 0
-) -> AttentionConfig:
+def find_config(architecture: Architecture | None, block_d: int, mask_bytes: int = 0) -> AttentionConfig:
     """The row for a head_dim padded to `block_d` and a mask's element size; None is Triton's interpreter on the CPU."""
-    if architecture is not None and architecture.capability == (9, 0):
-        if block_d <= 128 and mask_bytes <= 1:
+    wide_mask = mask_bytes > 2  # Triton keeps the tiles of such a mask in shared memory, like those of K and V
+    if architecture is not None and architecture.shared_memory >= 227 << 10:
+        if block_d <= 128 and not wide_mask:
             return AttentionConfig(128, 128, 8, 3)
         return AttentionConfig(128, 64, 8, 2)
     if block_d <= 64:
         return AttentionConfig(128, 64, 4, 3)
-    return AttentionConfig(128, 64, 8, 3 if block_d == 128 else 2)
+    return AttentionConfig(128, 64, 8, 1 if wide_mask else 3 if block_d == 128 else 2)

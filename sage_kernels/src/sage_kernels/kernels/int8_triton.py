@@ -69,8 +69,7 @@ class Int8TritonKernel:
     def recipe(self, call: AttentionCall) -> Recipe:
         """What this call computes, for comparison with `reference.quantized_attention`."""
         fp8 = self._uses_fp8(call)
-        config = _config(call, fp8)
-        return replace(RECIPES["int8" if fp8 else "int8_fp16"], key_block=config.block_n)
+        return replace(RECIPES["int8" if fp8 else "int8_fp16"], key_block=_config(call).block_n)
 
     def prepare(self, call: AttentionCall) -> _State:
         """Two launches: statistics of K and V, then codes and scales of Q, K and V."""
@@ -80,7 +79,7 @@ class Int8TritonKernel:
             operands = _quantize(call, block_d, fp8)
         return _State(
             operands,
-            _config(call, fp8),
+            _config(call),
             call.batch,
             call.heads,
             call.kv_heads,
@@ -106,9 +105,9 @@ class Int8TritonKernel:
         return self.precision == "int8" and (architecture is None or architecture.fp8_mma)
 
 
-def _config(call: AttentionCall, fp8: bool) -> AttentionConfig:
+def _config(call: AttentionCall) -> AttentionConfig:
     mask_bytes = 0 if call.attn_mask is None else call.attn_mask.element_size()
-    return find_config(device_architecture(call.device), _block_d(call.head_dim), call.is_causal, fp8, mask_bytes)
+    return find_config(device_architecture(call.device), _block_d(call.head_dim), mask_bytes)
 
 
 def _quantize(call: AttentionCall, block_d: int, fp8: bool) -> Int8Operands:
