@@ -24,7 +24,7 @@ MODULES = {
         DEMO := ["torch", "diffusers", "safetensors", "PIL", "tqdm", "skimage", "matplotlib", "jinja2", "websocket"]
     ),
     "train": [*DEMO, "sklearn"],
-    "test": [*DEMO, "pytest", "ml_dtypes", "hypothesis", "ruff", "mypy"],
+    "test": [*DEMO, "pytest", "ml_dtypes", "hypothesis", "ruff", "mypy", "clang_format"],
 }
 COMFYUI_OPTIONS = {
     "--comfyui-root": "demo and test: a ComfyUI checkout to run in as well",

@@ -113,8 +113,7 @@ def nvrtc_12_8(tool: Callable[[str], ModuleType]) -> Nvrtc:
 @pytest.fixture(scope="session")
 def built_cubins(tool: Callable[[str], ModuleType]) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Manifest and files of one build of all variants, for every test that looks at cubins."""
-    if sys.version_info < (3, 11):
-        pytest.skip("building needs Python 3.11 (tomllib)")
+    pytest.importorskip("tomllib", reason="building needs Python 3.11")
     if not tool("pinned_compilers").available():
         pytest.skip(f"NVIDIA publishes no NVRTC for {sys.platform}")
     builder = tool("build_cubins")

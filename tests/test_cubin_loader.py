@@ -25,6 +25,7 @@ class FakeCompiler:
 
     def __init__(self, version=(12, 8)):
         self.version = version
+        self.name = "NVRTC of a test"
         self.calls = []
 
     def compile(self, name, source, headers, options):
@@ -253,12 +254,12 @@ def test_the_origin_of_a_kernel_is_told_without_loading_it(machine):
     loader = KernelLoader(
         Driver(machine.cuda), machine.csrc, CubinManifest(machine.cubins), machine.cache, lambda arch: machine.compiler
     )
-    assert loader.origin(VARIANT, "sm_120a") == "compiled at first use by NVRTC 12.8"
+    assert loader.origin(VARIANT, "sm_120a") == "compiled at first use, by NVRTC of a test"
     with pytest.raises(KernelLoadError, match="not for sm_90a"):
         loader.origin(VARIANT, "sm_90a")
     add_cubin(machine)
     loader = KernelLoader(Driver(machine.cuda), machine.csrc, CubinManifest(machine.cubins), machine.cache)
-    assert loader.origin(VARIANT, "sm_120a") == "ready, in the package"
+    assert loader.origin(VARIANT, "sm_120a") == "ready in the package, by NVRTC 12.8"
     assert machine.compiler.calls == []
     assert machine.cuda.count("cuModuleLoadData") == 0
 

@@ -29,7 +29,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "capabilities", lambda: [GPU])
     monkeypatch.setattr(doctor, "device_architecture", lambda device: find_architecture((12, 0)))
     monkeypatch.setattr(doctor, "VARIANTS", (VARIANT,))
-    monkeypatch.setattr(doctor, "kernel_origin", lambda variant, arch: "ready, in the package")
+    monkeypatch.setattr(doctor, "kernel_origin", lambda variant, arch: "ready in the package")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     return monkeypatch
 
@@ -50,7 +50,7 @@ def test_a_machine_without_faults(machine, tmp_path):
     assert f"from {tmp_path.parent}" in text
     assert "GPU driver: 570.86, CUDA up to 12.8" in text
     assert "kernels in the package: 1, none damaged" in text
-    assert "cuda:0: RTX 5090 (sm_120)\n  runs: fp4, fp16\n  scaled_copy: ready, in the package" in text
+    assert "cuda:0: RTX 5090 (sm_120)\n  runs: fp4, fp16\n  scaled_copy: ready in the package" in text
     assert fixes(text) == ["- nothing: no problem was found"]
 
 
@@ -88,7 +88,7 @@ def test_compilers_are_listed_with_version_and_path(machine, nvrtc_12_8, tmp_pat
     (tmp_path / "libnvrtc.so.11").write_text("no library")
     machine.setattr(doctor, "find_libraries", lambda folders: [nvrtc_12_8.path, tmp_path / "libnvrtc.so.11"])
     text = doctor.doctor()
-    assert f"NVRTC: 12.8, {nvrtc_12_8.path}" in text
+    assert f"NVRTC 12.8: {nvrtc_12_8.path}" in text
     assert "libnvrtc.so.11 can't be used" in text
 
 

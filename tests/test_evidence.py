@@ -4,11 +4,13 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from example_kernel import VARIANT
 from sage_kernels import evidence
+from sage_kernels.driver import KernelLoadError
 from sage_kernels.evidence import FAMILIES, build_flags_hash, family_source_hashes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,12 +125,13 @@ def run(pytester, monkeypatch):
         "from types import SimpleNamespace\n"
         "device_architecture = lambda device: SimpleNamespace(target='sm_90a')\n"
         "torch.cuda.get_device_name = lambda: 'H100'\n"
+        "evidence.find_nvrtc = lambda arch: SimpleNamespace(name='NVRTC 13.0')\n"
     )
     pytester.makeconftest(source + options)
 
-    def run(tests, *arguments):
+    def run(tests, commit="a" * 40):
         pytester.makepyfile(tests)
-        pytester.runpytest_subprocess("--write-evidence=out", "--evidence-commit=" + "a" * 40, *arguments)
+        run.result = pytester.runpytest_subprocess("--write-evidence=out", f"--evidence-commit={commit}")
         file = pytester.path / "out" / "nvfp4.json"
         return json.loads(file.read_text()) if file.exists() else None
 
@@ -156,9 +159,43 @@ def test_a_session_that_was_broken_off_writes_nothing(run):
     assert run("import pytest\n" + TESTS.replace("raise RuntimeError\n\ndef", "pytest.exit('enough')\n\ndef")) is None
 
 
+def test_without_a_commit_no_test_is_run_in_vain(run, pytester):
+    pytester.path.joinpath("conftest.py").write_text(
+        pytester.path.joinpath("conftest.py").read_text() + "\nROOT = Path(__file__).parent / 'no checkout'\n"
+    )
+    assert run("def test_a():\n    print('has run')", commit="") is None
+    assert "say the commit with --evidence-commit=HASH" in run.result.stderr.str() + run.result.stdout.str()
+    assert "passed" not in run.result.stdout.str()
+
+
 def test_files_are_written_whole(tmp_path):
     evidence.write_json(tmp_path / "made" / "a.json", {"a": 1})
     with pytest.raises(TypeError):
         evidence.write_json(tmp_path / "made" / "a.json", {"a": object()})
     assert [file.name for file in (tmp_path / "made").iterdir()] == ["a.json"]
     assert json.loads((tmp_path / "made" / "a.json").read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("arch", "compiler"), [("sm_120a", "ready in the package, by NVRTC 12.8"), ("sm_90a", "NVRTC 13.0")]
+)
+def test_the_record_names_what_compiled_the_kernels(monkeypatch, tmp_path, arch, compiler):
+    (tmp_path / "nvfp4_a.cu").touch()
+    monkeypatch.setattr(evidence, "source_folder", lambda: tmp_path)
+    monkeypatch.setattr(evidence, "VARIANTS", (kernel_variant("nvfp4_a.cu", 1), kernel_variant("int8_a.cu", 1)))
+    monkeypatch.setattr(evidence, "kernel_origin", lambda variant, arch: "ready in the package, by NVRTC 12.8")
+    monkeypatch.setattr(evidence, "find_nvrtc", lambda arch: SimpleNamespace(name="NVRTC 13.0"))
+    monkeypatch.setattr(evidence.torch.cuda, "get_device_name", lambda: "a GPU")
+    assert evidence.make_record(["nvfp4"], [], arch, "commit")["compiler"] == compiler
+
+
+def test_a_record_can_be_made_where_some_kernels_cannot_be_loaded(monkeypatch, tmp_path):
+    def no_compiler(arch):
+        raise KernelLoadError("no NVRTC")
+
+    (tmp_path / "nvfp4_a.cu").touch()
+    monkeypatch.setattr(evidence, "source_folder", lambda: tmp_path)
+    monkeypatch.setattr(evidence, "VARIANTS", (kernel_variant("nvfp4_a.cu", 1),))
+    monkeypatch.setattr(evidence, "find_nvrtc", no_compiler)
+    monkeypatch.setattr(evidence.torch.cuda, "get_device_name", lambda: "a GPU")
+    assert evidence.make_record(["nvfp4"], [], "sm_90a", "commit")["compiler"] == "none for some kernels"

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from sage_kernels import selftest
+from sage_kernels import cli, selftest
+from sage_kernels.architectures import find_architecture
 from sage_kernels.attention import attention, prepare
 from sage_kernels.benchmark_shapes import FORWARD_SHAPES, TRAINING_SHAPES, BenchmarkShape
 from sage_kernels.cli import main
@@ -62,10 +63,10 @@ def test_a_kernel_that_ignores_an_argument_fails():
 def test_a_kernel_that_changes_its_input_fails():
     def changing(q, k, v, **options):
         output = emulated(q, k, v, **options)
-        k.zero_()
+        k[1, 0, -1] = 7  # a key that key_lengths hides: no result changes
         return output
 
-    cases = run_call(GridCall("plain", 64, torch.bfloat16), "fp4", changing, CPU)
+    cases = run_call(GridCall("key_lengths", 64, torch.bfloat16), "fp4", changing, CPU)
     assert not any(case.passed for case in cases)
 
 
@@ -86,8 +87,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     here = [type("Device", (), {"device": "cuda:0", "precisions": ("fp4", "fp16")})]
     monkeypatch.setattr(selftest, "capabilities", lambda: here)
-    monkeypatch.setattr(selftest, "doctor", lambda: "the doctor's text")
-    monkeypatch.setattr(selftest, "device_architecture", lambda device: None)
+    for module in (cli, selftest):
+        monkeypatch.setattr(module, "device_architecture", lambda device: find_architecture((12, 0)))
+        monkeypatch.setattr(module, "doctor", lambda: "the doctor's text")
     row = {"benchmark": "whole_call", "shape": "flux", "tflops": 100.0, "rel_l1": 0.1, "extra_bytes": 5}
     rows = [{**row, "method": "sdpa_flash", "ms": 3.0}, {**row, "method": "fp4", "ms": 2.0}]
     monkeypatch.setattr(selftest, "measure", lambda rungs, device: rows)
@@ -197,9 +199,25 @@ def test_it_needs_no_tqdm(monkeypatch, capsys):
 def test_without_a_gpu_it_says_so(tmp_path, capsys):
     assert main(["selftest", "--output", str(tmp_path / "out.json")]) == 1
     text = capsys.readouterr().out
-    assert "there is no GPU 0; torch sees 0" in text
+    assert "there is no NVIDIA GPU 0; torch sees 0 GPUs" in text
     assert "What to do:" in text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_gpus_of_others_are_refused(gpu, tmp_path, capsys):
+    gpu.setattr(cli, "device_architecture", lambda device: None)
+    assert main(["selftest", "--output", str(tmp_path / "out.json")]) == 1
+    assert "there is no NVIDIA GPU 0; torch sees 1 GPUs" in capsys.readouterr().out
+    gpu.setattr(selftest, "device_architecture", lambda device: None)
+    with pytest.raises(ValueError, match="runs on NVIDIA GPUs, got device cuda:0"):
+        selftest.selftest(tmp_path / "out.json", torch.device("cuda:0"), timings=False)
+
+
+@pytest.mark.parametrize("number", ["-1", "first"])
+def test_the_gpu_is_a_number(number, capsys):
+    with pytest.raises(SystemExit):
+        main(["selftest", f"--device={number}"])
+    assert "--device" in capsys.readouterr().err
 
 
 def test_shapes_count_their_operations():

@@ -53,6 +53,12 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+def pytest_collection_finish(session):
+    """Fail before the tests run, not after, where the commit can't be known."""
+    if session.config.getoption("--write-evidence") is not None:
+        commit(session.config)
+
+
 def pytest_sessionfinish(session, exitstatus):
     """Write the files, but not those of a session that was broken off."""
     folder = session.config.getoption("--write-evidence")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from sage_kernels.architectures import device_architecture
 from sage_kernels.doctor import doctor
 from sage_kernels.selftest import selftest
 
@@ -18,19 +19,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("doctor", help="say what each device can run, why not the rest, and what to do")
     test = commands.add_parser("selftest", help="test and time the kernels on this machine's GPU, for a report")
     test.add_argument("--output", type=Path, default=Path("sage_kernels_selftest.json"), help="file to write")
-    test.add_argument("--device", type=int, default=0, help="number of the GPU (default: 0)")
+    test.add_argument("--device", type=_gpu_number, default=0, help="number of the GPU (default: 0)")
     test.add_argument("--no-timings", action="store_true", help="only test; takes seconds")
     options = parser.parse_args(arguments)
     if options.command == "doctor":
         print(doctor())
         return 0
-    if not 0 <= options.device < torch.cuda.device_count():
-        print(f"selftest: there is no GPU {options.device}; torch sees {torch.cuda.device_count()}. What is here:")
+    device = torch.device("cuda", options.device)
+    if options.device >= torch.cuda.device_count() or device_architecture(device) is None:
+        print(
+            f"selftest: there is no NVIDIA GPU {options.device}; torch sees {torch.cuda.device_count()} GPUs. "
+            "In detail:"
+        )
         print(doctor())
         return 1
     try:
-        passed = selftest(options.output, torch.device("cuda", options.device), not options.no_timings)
+        passed = selftest(options.output, device, not options.no_timings)
     except KeyboardInterrupt:
         print("\ninterrupted: nothing was written", file=sys.stderr)
         return 130
     return 0 if passed else 1
+
+
+def _gpu_number(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number

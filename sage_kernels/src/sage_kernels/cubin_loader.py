@@ -117,9 +117,9 @@ class KernelLoader:
         ready = self._ready_cubin(variant, arch, collect_sources(self._sources, variant.source))
         if ready is not None:
             ready.read()
-            return "ready, in the package"
+            return f"ready in the package, by NVRTC {ready.compiler[0]}.{ready.compiler[1]}"
         compiler = self._compiler(arch)
-        return f"compiled at first use by NVRTC {compiler.version[0]}.{compiler.version[1]}"
+        return f"compiled at first use, by {compiler.name}"
 
     def _cubin(self, variant: KernelVariant, arch: str, emulate: bool) -> bytes:
         texts = collect_sources(self._sources, variant.source)

@@ -69,11 +69,11 @@ def _compilers() -> Iterator[str]:
         yield "NVRTC: none found; only kernels that are in the package can run"
     for path in libraries:
         try:
-            major, minor = Nvrtc(path).version
+            name = Nvrtc(path).name
         except (OSError, AttributeError, KernelLoadError) as error:
             yield f"NVRTC: {path} can't be used: {error}"
         else:
-            yield f"NVRTC: {major}.{minor}, {path}"
+            yield f"{name}: {path}"
 
 
 def _cubins(fixes: list[str]) -> Iterator[str]:

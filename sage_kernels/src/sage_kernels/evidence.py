@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib import metadata
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from sage_kernels.cubin_loader import kernel_origin
 from sage_kernels.doctor import driver_version
-from sage_kernels.driver import KernelLoadError
+from sage_kernels.driver import DriverError, KernelLoadError
 from sage_kernels.kernel_sources import collect_sources, source_folder, source_hashes
 from sage_kernels.kernel_variants import VARIANTS
 from sage_kernels.nvrtc import find_nvrtc
@@ -36,7 +37,7 @@ class FamilySources:
 
 
 FAMILIES: dict[str, FamilySources] = {
-    "nvfp4": FamilySources(("nvfp4_*.cu",), ("kernels/triton_nvfp4/*.py",)),
+    "nvfp4": FamilySources(("nvfp4_*.cu",), ("kernels/triton_nvfp4.py",)),
     "int8": FamilySources(("int8_*.cu",), ("kernels/triton_int8/*.py", "kernels/int8_configs.py")),
     "training": FamilySources(("training_*.cu",), ("training/*.py",)),
     "kv_cache": FamilySources(("kv_cache_*.cu",), ("kv_cache/*.py",)),
@@ -95,7 +96,7 @@ def make_record(families: Sequence[str], cases: Sequence[Case], arch: str, commi
         "gpu": torch.cuda.get_device_name(),
         "driver": driver_version(),
         "torch": torch.__version__,
-        "compiler": _compilers(sources, arch),
+        "compiler": ", ".join(sorted({compiler for family in families for compiler in _compilers(family, arch)})),
         "commit": commit,
         "date": date.today().isoformat(),
         "sources": sources,
@@ -122,17 +123,17 @@ def _cuda_sources(family: str) -> list[str]:
     return sorted(path.name for pattern in FAMILIES[family].cuda for path in folder.glob(pattern))
 
 
-def _compilers(sources: dict[str, str], arch: str) -> str:
-    names = []
-    if any(path.endswith(".cu") for path in sources):
+def _compilers(family: str, arch: str) -> Iterator[str]:
+    """What compiled the kernels that run on `arch`; for other kernels, which tests build with emulation, NVRTC."""
+    sources = set(_cuda_sources(family))
+    for variant in VARIANTS:
+        if variant.source in sources:
+            try:
+                yield kernel_origin(variant, arch) if arch in variant.archs else find_nvrtc(arch).name
+            except (KernelLoadError, DriverError):
+                yield "none for some kernels"
+    if any(path.endswith(".py") for path in family_source_hashes(family)):
         try:
-            nvrtc = find_nvrtc(arch)
-            names.append(f"NVRTC {nvrtc.version[0]}.{nvrtc.version[1]}")
-        except KernelLoadError:
-            names.append("the package's cubins")
-    if any(path.endswith(".py") for path in sources):
-        try:
-            names.append(f"triton {metadata.version('triton')}")
+            yield f"triton {metadata.version('triton')}"
         except metadata.PackageNotFoundError:
-            names.append("no triton")
-    return ", ".join(names)
+            yield "no triton"

@@ -2,8 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
-_COMPILE_OPTIONS = ("--std=c++17", "--fmad=true", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
+_COMPILE_OPTIONS = (
+    "--std=c++17",
+    "--device-as-default-execution-space",
+    "--fmad=true",
+    "--prec-div=true",
+    "--prec-sqrt=true",
+    "--ftz=false",
+)
 EMULATION_OPTION = "-DSAGE_EMULATE_FP4=1"
 
 
@@ -59,6 +67,56 @@ class KernelVariant:
         return (*_COMPILE_OPTIONS, f"-arch={arch}", *defines, *((EMULATION_OPTION,) if emulate else ()))
 
 
-_FAMILIES: tuple[Callable[[], tuple[KernelVariant, ...]], ...] = ()
+_BLACKWELL = ("sm_120a", "sm_121a")
+NVFP4_HEAD_DIMS = (64, 96, 128)
+_NVFP4_SHARED_BYTES = {64: 9 * 11040, 96: 5 * 16928, 128: 5 * 17952}  # stages times their size, in nvfp4_attention.cu
+
+
+@lru_cache
+def nvfp4_attention_variant(head_dim: int, has_mask: bool) -> KernelVariant:
+    """FP4 attention; causality is a parameter of the kernel, a mask tensor another compilation."""
+    return KernelVariant(
+        family="nvfp4_attention",
+        source="nvfp4_attention.cu",
+        entry="nvfp4_attention",
+        defines=(("HEAD_DIM", head_dim), ("MASK", int(has_mask))),
+        head_dim=head_dim,
+        causal=False,
+        mask="tensor" if has_mask else "none",
+        dtype="any",
+        threads=384,
+        shared_bytes=_NVFP4_SHARED_BYTES[head_dim],
+        archs=_BLACKWELL,
+    )
+
+
+@lru_cache
+def nvfp4_prepare_variant(entry: str, head_dim: int) -> KernelVariant:
+    """Smoothing and quantising for it: `entry` is nvfp4_prepare_queries or nvfp4_prepare_keys_values."""
+    return KernelVariant(
+        family="nvfp4_prepare",
+        source="nvfp4_prepare.cu",
+        entry=entry,
+        defines=(("HEAD_DIM", head_dim),),
+        head_dim=head_dim,
+        causal=False,
+        mask="none",
+        dtype="any",
+        threads=256,
+        shared_bytes=0,
+        archs=_BLACKWELL,
+    )
+
+
+def _nvfp4_attention() -> tuple[KernelVariant, ...]:
+    return tuple(nvfp4_attention_variant(dim, mask) for dim in NVFP4_HEAD_DIMS for mask in (False, True))
+
+
+def _nvfp4_prepare() -> tuple[KernelVariant, ...]:
+    entries = ("nvfp4_prepare_queries", "nvfp4_prepare_keys_values")
+    return tuple(nvfp4_prepare_variant(entry, dim) for dim in NVFP4_HEAD_DIMS for entry in entries)
+
+
+_FAMILIES: tuple[Callable[[], tuple[KernelVariant, ...]], ...] = (_nvfp4_attention, _nvfp4_prepare)
 
 VARIANTS: tuple[KernelVariant, ...] = tuple(variant for family in _FAMILIES for variant in family())

@@ -45,15 +45,19 @@ def selftest(output: Path, device: torch.device, timings: bool) -> bool:
 
     Returns:
         Whether there were cases, and all passed.
+
+    Raises:
+        ValueError: not an NVIDIA GPU.
     """
+    architecture = device_architecture(device)
+    if architecture is None:
+        raise ValueError(f"the selftest runs on NVIDIA GPUs, got device {device}")
     torch.cuda.set_device(device)
     rungs = next(each.precisions for each in capabilities() if each.device == str(device))
     cases = check(rungs, device)
     rows = list(measure(rungs, device)) if timings else []
-    architecture = device_architecture(device)
-    arch = "" if architecture is None else architecture.target
     families = [family for family in FAMILIES if family_source_hashes(family)]
-    record = make_record(families, cases, arch, f"sage_kernels {__version__}")
+    record = make_record(families, cases, architecture.target, f"sage_kernels {__version__}")
     write_json(output, {**record, "rows": rows, "doctor": doctor()})
     print(summary(record, rungs, rows))
     print(f"\nPaste the lines above into an issue, and attach {output}.")
