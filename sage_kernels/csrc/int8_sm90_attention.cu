@@ -1,0 +1,421 @@
+// Attention with INT8 Q K^T and FP8 P V for sm_90a: wgmma in two flavours, operands pre-tiled by int8_sm90_quantize.cu.
+//
+// One producer warp copies K and V tiles into a ring; each consumer warpgroup owns 64 query rows and keeps two wgmma
+// groups in flight: Q K^T of the next key block and P V of the current one, under which it computes the softmax.
+// FP8 wgmma accumulates with about 14 bits, so P V of each key block starts at zero and is added in float32.
+// S accumulates on top of 0x4B400000, so that its bits are the float 12582912 + S and need no conversion.
+//
+// Compile-time: HEAD_DIM 64 | 128 (smaller ones padded), KEYS per block, WARPGROUPS of consumers.
+#include "sm90.cuh"
+
+#ifndef STAGES
+#define STAGES (HEAD_DIM == 128 ? 5 : 8)
+#endif
+#ifndef PROMOTE
+#define PROMOTE 1
+#endif
+#ifndef MAGIC
+#define MAGIC 1
+#endif
+#ifndef PINGPONG
+#define PINGPONG 1
+#endif
+#ifndef POLY
+#define POLY 0
+#endif
+
+struct AttentionParams {
+  const u8* query;           // [B, H, query_rows][HEAD_DIM] codes, swizzled rows
+  const u8* key;             // [B, Hkv, key_blocks][KEYS][HEAD_DIM]
+  const u8* value;           // [B, Hkv, key_blocks][HEAD_DIM][KEYS]
+  const float* query_scale;  // [B, H, query_rows], times softmax scale * log2(e)
+  const float* key_scale;    // [B, Hkv, key_blocks]
+  const float* value_scale;  // [B, Hkv, HEAD_DIM]
+  const float* value_mean;   // [B, Hkv, HEAD_DIM]
+  const int* value_error;    // [B, Hkv, HEAD_DIM], summed V minus codes, in 1/16 of a code unit
+  const float* lse_shift;    // [B, H, query_rows]; unused without lse
+  const int* key_lengths;    // [B] or null
+  void* output;              // [B, H, Nq, D], strides below, D contiguous
+  float* lse;                // [B, H, Nq] or null
+  i64 output_strides[3];     // batch, head, row, in elements
+  int batch, heads, kv_heads, query_length, key_length, head_dim, query_rows, key_blocks;
+  int is_causal, is_bfloat16;
+};
+
+constexpr int kRows = 64 * WARPGROUPS;
+constexpr int kThreads = 128 * (WARPGROUPS + 1);
+constexpr int kQueryBytes = 64 * HEAD_DIM;
+constexpr int kTileBytes = KEYS * HEAD_DIM;  // of K, and of V
+constexpr int kConsumerRegisters = WARPGROUPS == 2 ? 240 : 160;
+constexpr int kProducerRegisters = WARPGROUPS == 2 ? 24 : 32;
+constexpr int kValueRowBytes = KEYS % 128 == 0 ? 128 : KEYS % 64 == 0 ? 64 : 32;
+constexpr int kScores = KEYS / 2;     // S registers of a thread
+constexpr int kOutputs = HEAD_DIM / 2;  // O registers of a thread
+constexpr u32 kMagicBits = 0x4B400000;
+constexpr float kMagic = 12582912.f;
+constexpr float kLog2Stretch = 8.807354922f;  // log2(448): the row maximum becomes E4M3's largest value
+constexpr float kInfinity = __builtin_huge_valf();
+
+struct Tile {
+  int batch, head, kv_head, row, key_blocks, key_length;
+};
+
+DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+DEVICE Tile locate_tile(const AttentionParams& p, int index, int tiles_per_head) {
+  Tile tile;
+  const int batch_head = index / tiles_per_head;
+  int block = index % tiles_per_head;
+  if (p.is_causal) block = tiles_per_head - 1 - block;  // longest first
+  tile.batch = batch_head / p.heads;
+  tile.head = batch_head % p.heads;
+  tile.kv_head = tile.batch * p.kv_heads + tile.head / (p.heads / p.kv_heads);
+  tile.row = block * kRows;
+  tile.key_length = p.key_length;
+  if (p.key_lengths) tile.key_length = max(0, min(p.key_length, p.key_lengths[tile.batch]));
+  tile.key_blocks = ceil_div(p.is_causal ? min(tile.key_length, tile.row + kRows) : tile.key_length, KEYS);
+  return tile;
+}
+
+struct Ring {
+  int stage = 0;
+  u32 parity = 0;
+  DEVICE void advance() {
+    if (++stage == STAGES) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Shared memory: Q [WARPGROUPS], K ring, V ring, barriers. Swizzles repeat every 1024 bytes, so tiles start at multiples.
+struct Shared {
+  u32 base;
+  static constexpr int kKey = WARPGROUPS * kQueryBytes;
+  static constexpr int kValue = kKey + STAGES * kTileBytes;
+  static constexpr int kBarriers = kValue + STAGES * kTileBytes;
+  DEVICE u32 query(int warpgroup) const { return base + warpgroup * kQueryBytes; }
+  DEVICE u32 key(int stage) const { return base + kKey + stage * kTileBytes; }
+  DEVICE u32 value(int stage) const { return base + kValue + stage * kTileBytes; }
+  DEVICE u32 key_full(int stage) const { return base + kBarriers + 8 * stage; }
+  DEVICE u32 key_empty(int stage) const { return key_full(STAGES + stage); }
+  DEVICE u32 value_full(int stage) const { return key_full(2 * STAGES + stage); }
+  DEVICE u32 value_empty(int stage) const { return key_full(3 * STAGES + stage); }
+  DEVICE u32 query_full(int warpgroup) const { return key_full(4 * STAGES + warpgroup); }
+  DEVICE u32 query_empty(int warpgroup) const { return key_full(4 * STAGES + WARPGROUPS + warpgroup); }
+};
+
+DEVICE void produce(const AttentionParams& p, const Shared& shared, int tiles, int tiles_per_head) {
+  Ring keys, values;
+  u32 query_parity = 1;
+  for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+    const Tile tile = locate_tile(p, index, tiles_per_head);
+    const u8* query = p.query + (i64(tile.batch * p.heads + tile.head) * p.query_rows + tile.row) * HEAD_DIM;
+    const u8* key = p.key + i64(tile.kv_head) * p.key_blocks * kTileBytes;
+    const u8* value = p.value + i64(tile.kv_head) * p.key_blocks * kTileBytes;
+    for (int block = 0; block <= tile.key_blocks; ++block) {
+      if (block < tile.key_blocks) {
+        mbarrier_wait(shared.key_empty(keys.stage), keys.parity ^ 1);
+        mbarrier_arrive_expect_bytes(shared.key_full(keys.stage), kTileBytes);
+        bulk_load(shared.key(keys.stage), key + i64(block) * kTileBytes, kTileBytes, shared.key_full(keys.stage));
+        keys.advance();
+      }
+      if (block == 0) {
+        for (int warpgroup = 0; warpgroup < WARPGROUPS; ++warpgroup) {
+          mbarrier_wait(shared.query_empty(warpgroup), query_parity);
+          mbarrier_arrive_expect_bytes(shared.query_full(warpgroup), kQueryBytes);
+          bulk_load(shared.query(warpgroup), query + warpgroup * kQueryBytes, kQueryBytes, shared.query_full(warpgroup));
+        }
+        query_parity ^= 1;
+      } else {
+        mbarrier_wait(shared.value_empty(values.stage), values.parity ^ 1);
+        mbarrier_arrive_expect_bytes(shared.value_full(values.stage), kTileBytes);
+        bulk_load(shared.value(values.stage), value + i64(block - 1) * kTileBytes, kTileBytes,
+                  shared.value_full(values.stage));
+        values.advance();
+      }
+    }
+  }
+}
+
+// One warpgroup's 64 rows. A thread holds rows lane / 4 and lane / 4 + 8 of its warp's 16: index 0 and 1 of the pairs.
+struct Consumer {
+  const AttentionParams& p;
+  const Shared& shared;
+  int warpgroup, warp, lane;
+  Ring keys, values;
+  u32 query_parity = 0;
+  u32 scores[kScores];
+  u32 weights[kScores / 4];
+  float output[kOutputs];
+#if PROMOTE
+  float partial[kOutputs];
+#endif
+  float maximum[2], row_sum[2], rescale[2], query_scale[2];
+
+  DEVICE Consumer(const AttentionParams& p, const Shared& shared)
+      : p(p), shared(shared), warpgroup(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0)), warp(threadIdx.x / 32 % 4),
+        lane(threadIdx.x % 32) {}
+
+  DEVICE int thread_row() const { return warpgroup * 64 + warp * 16 + lane / 4; }
+
+  DEVICE void release(u32 barrier) {
+    if (lane == 0) mbarrier_arrive(barrier);
+  }
+
+  DEVICE void wait_key() { mbarrier_wait(shared.key_full(keys.stage), keys.parity); }
+
+  DEVICE void issue_qk() {
+    if (MAGIC) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) scores[i] = kMagicBits;
+    }
+    const u64 query = matrix_descriptor<HEAD_DIM>(shared.query(warpgroup));
+    const u64 key = matrix_descriptor<HEAD_DIM>(shared.key(keys.stage));
+    wgmma_fence(scores);
+    wgmma_qk<MAGIC != 0>(scores, query, key);
+#pragma unroll
+    for (int step = 1; step < HEAD_DIM / 32; ++step) wgmma_qk<true>(scores, query + step * 2, key + step * 2);
+    wgmma_commit();
+  }
+
+  DEVICE void issue_pv() {
+    mbarrier_wait(shared.value_full(values.stage), values.parity);
+    constexpr int kStepsPerRow = kValueRowBytes / 32;  // then the next slab of HEAD_DIM rows
+    const u64 value = matrix_descriptor<kValueRowBytes>(shared.value(values.stage));
+#if PROMOTE
+    float(&target)[kOutputs] = partial;
+#else
+    float(&target)[kOutputs] = output;
+#endif
+    wgmma_fence(target);
+#pragma unroll
+    for (int step = 0; step < KEYS / 32; ++step) {
+      const int offset = step / kStepsPerRow * (kValueRowBytes * HEAD_DIM / 16) + step % kStepsPerRow * 2;
+      if (PROMOTE && step == 0)
+        wgmma_pv<false>(target, weights + 4 * step, value + offset);
+      else
+        wgmma_pv<true>(target, weights + 4 * step, value + offset);
+    }
+    wgmma_commit();
+  }
+
+  // Keys beyond the end, and beyond the diagonal where causal, become -inf.
+  DEVICE void mask_scores(int first_key, int row, int key_length) {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      const int key = first_key + i / 4 * 8 + lane % 4 * 2 + i % 2;
+      const int limit = p.is_causal ? min(key_length, row + (i / 2 % 2) * 8 + 1) : key_length;
+      if (key >= limit) scores[i] = MAGIC ? 0xFF800000 : 0x80000000;
+    }
+  }
+
+  DEVICE float score(int i) const { return MAGIC ? __uint_as_float(scores[i]) : float(int(scores[i])); }
+
+  // Scores to weights in place (floats), the running maximum and sum, and what O must be rescaled by.
+  DEVICE void softmax(float key_scale) {
+    // Bits of positive floats, and -inf, order as integers do, for which there is a three-input maximum.
+    int largest[2] = {int(0x80000000), int(0x80000000)};
+#pragma unroll
+    for (int i = 0; i < kScores; i += 4) {
+      largest[0] = max(max(largest[0], int(scores[i])), int(scores[i + 1]));
+      largest[1] = max(max(largest[1], int(scores[i + 2])), int(scores[i + 3]));
+    }
+    float factor[2], offset[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      largest[r] = max(largest[r], __shfl_xor_sync(~0u, largest[r], 1));
+      largest[r] = max(largest[r], __shfl_xor_sync(~0u, largest[r], 2));
+      factor[r] = query_scale[r] * key_scale;
+      if (factor[r] < 1e-35f) factor[r] = 1e-35f;  // keeps 0 * -inf away; a NaN passes
+      const float score = MAGIC ? __int_as_float(largest[r]) - kMagic : float(largest[r]);
+      const float previous = maximum[r];
+      const float scaled = score * factor[r];
+      maximum[r] = scaled <= previous ? previous : scaled;
+      const float shift = maximum[r] == -kInfinity ? 0.f : maximum[r];
+      rescale[r] = exp2_approx(previous - shift);
+      row_sum[r] *= rescale[r];
+      offset[r] = kLog2Stretch - shift;
+      if (MAGIC) offset[r] = fmaf(-kMagic, factor[r], offset[r]);
+    }
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      const int r = i / 2 % 2;
+      const float x = fmaf(score(i), factor[r], offset[r]);
+      const float weight = (i * POLY % 16) + POLY >= 16 ? exp2_poly(x) : exp2_approx(x);
+      row_sum[r] += weight;
+      scores[i] = __float_as_uint(weight);
+    }
+  }
+
+  // 2^x on the FMA pipes, relative error 1.7e-3, which E4M3's 3 bits hide; 2^-24 is as good as zero.
+  static DEVICE float exp2_poly(float x) {
+    x = fmaxf(x, -24.f);
+    const float shifted = x + kMagic;
+    const float fraction = x - (shifted - kMagic);
+    const float mantissa = fmaf(fmaf(fraction, 0.23842561f, 0.7034462f), fraction, 1.00044322f);
+    return __uint_as_float(__float_as_uint(mantissa) + (__float_as_uint(shifted) << 23));
+  }
+
+  // S's accumulator layout is P's operand layout up to an order of keys that V's tiles have.
+  DEVICE void pack_weights() {
+#pragma unroll
+    for (int i = 0; i < kScores; i += 16) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const u32* s = scores + i + 2 * r;
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          weights[i / 4 + r + 2 * half] =
+              pack_e4m3(__uint_as_float(s[8 * half]), __uint_as_float(s[8 * half + 1]),
+                        __uint_as_float(s[8 * half + 4]), __uint_as_float(s[8 * half + 5]));
+      }
+    }
+  }
+
+  // O takes up P V of the block before, rescaled by that block's factor.
+  DEVICE void finish_pv(const float (&factor)[2]) {
+#if PROMOTE
+    wgmma_wait<0>(partial);
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) output[i] = fmaf(output[i], factor[i / 2 % 2], partial[i]);
+#else
+    wgmma_wait<0>(output);
+#endif
+    release(shared.value_empty(values.stage));
+    values.advance();
+  }
+
+  DEVICE void run(const Tile& tile) {
+    const int row = tile.row + thread_row();
+    const i64 query_row = i64(tile.batch * p.heads + tile.head) * p.query_rows + row;
+    const float* key_scales = p.key_scale + i64(tile.kv_head) * p.key_blocks;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      query_scale[r] = p.query_scale[query_row + 8 * r];
+      maximum[r] = -kInfinity;
+      row_sum[r] = 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) output[i] = 0.f;
+
+    mbarrier_wait(shared.query_full(warpgroup), query_parity);
+    if (tile.key_blocks > 0) {
+      const int unmasked = (p.is_causal ? min(tile.key_length, tile.row + warpgroup * 64 + 1) : tile.key_length) / KEYS;
+      float key_scale = key_scales[0];
+      wait_key();
+      issue_qk();
+      wgmma_wait<0>(scores);
+      release(shared.key_empty(keys.stage));
+      keys.advance();
+      if (unmasked == 0) mask_scores(0, row, tile.key_length);
+      softmax(key_scale);
+      pack_weights();
+      if (tile.key_blocks > 1) wait_key();
+      for (int block = 1; block < tile.key_blocks; ++block) {
+        key_scale = key_scales[block];
+        float previous_rescale[2] = {rescale[0], rescale[1]};
+        if (PINGPONG) named_barrier_sync(1 + warpgroup, 256);
+        issue_qk();
+        issue_pv();
+        if (PINGPONG) named_barrier_arrive(1 + (warpgroup + 1) % WARPGROUPS, 256);
+        wgmma_wait<1>(scores);
+        release(shared.key_empty(keys.stage));
+        keys.advance();
+        if (block >= unmasked) mask_scores(block * KEYS, row, tile.key_length);
+        softmax(key_scale);
+        // Here, so that a branch keeps the wait for P V behind the exponentials, where the assembler would hoist it.
+        if (block + 1 < tile.key_blocks) wait_key();
+        finish_pv(previous_rescale);
+#if !PROMOTE
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) output[i] *= rescale[i / 2 % 2];
+#endif
+        pack_weights();
+      }
+      issue_pv();
+      finish_pv(rescale);
+    }
+    release(shared.query_empty(warpgroup));
+    query_parity ^= 1;
+    store(tile, row);
+  }
+
+  // Divides by the row sum, undoes V's scale and mean, stores 8 channels at a time: V's tiles order channels so that a
+  // thread's columns 4J..4J+3 are the 8 channels from 32 J + 8 (lane % 4).
+  DEVICE void store(const Tile& tile, int row) {
+    float inverse[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      row_sum[r] += __shfl_xor_sync(~0u, row_sum[r], 1);
+      row_sum[r] += __shfl_xor_sync(~0u, row_sum[r], 2);
+      inverse[r] = row_sum[r] == 0.f ? 0.f : reciprocal_approx(row_sum[r]);
+      const int query = row + 8 * r;
+      if (p.lse && lane % 4 == 0 && query < p.query_length) {
+        const i64 batch_head = i64(tile.batch) * p.heads + tile.head;
+        const float lse = 0.6931471806f * (maximum[r] + log2_approx(row_sum[r]) - kLog2Stretch);
+        p.lse[batch_head * p.query_length + query] = lse + p.lse_shift[batch_head * p.query_rows + query];
+      }
+    }
+    const float per_key = 1.f / (16.f * max(1, tile.key_length));
+#pragma unroll
+    for (int group = 0; group < HEAD_DIM / 32; ++group) {
+      const int channel = 32 * group + 8 * (lane % 4);
+      if (channel >= p.head_dim) continue;
+      float scale[8], mean[8];
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        const int at = tile.kv_head * HEAD_DIM + channel + c;
+        scale[c] = p.value_scale[at];
+        mean[c] = fmaf(float(p.value_error[at]) * per_key, scale[c], p.value_mean[at]);
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (row + 8 * r >= p.query_length) continue;
+        const bool empty = row_sum[r] == 0.f;
+        u32 packed[4];
+#pragma unroll
+        for (int c = 0; c < 8; c += 2) {
+          const float* o = output + 16 * group + 2 * c + 2 * r;
+          const float low = empty ? 0.f : fmaf(o[0] * inverse[r], scale[c], mean[c]);
+          const float high = empty ? 0.f : fmaf(o[1] * inverse[r], scale[c + 1], mean[c + 1]);
+          packed[c / 2] = p.is_bfloat16 ? pack_bfloat16(low, high) : pack_float16(low, high);
+        }
+        const i64 at = tile.batch * p.output_strides[0] + tile.head * p.output_strides[1] +
+                       (row + 8 * r) * p.output_strides[2] + channel;
+        *reinterpret_cast<uint4*>(static_cast<u16*>(p.output) + at) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+      }
+    }
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    int8_sm90_attention(const __grid_constant__ AttentionParams p) {
+  extern __shared__ __align__(1024) u8 memory[];
+  const Shared shared{shared_address(memory)};
+  const int tiles_per_head = ceil_div(p.query_length, kRows);
+  const int tiles = p.batch * p.heads * tiles_per_head;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < STAGES; ++stage) {
+      mbarrier_init(shared.key_full(stage), 1);
+      mbarrier_init(shared.value_full(stage), 1);
+      mbarrier_init(shared.key_empty(stage), 4 * WARPGROUPS);  // one arrival a warp
+      mbarrier_init(shared.value_empty(stage), 4 * WARPGROUPS);
+    }
+    for (int warpgroup = 0; warpgroup < WARPGROUPS; ++warpgroup) {
+      mbarrier_init(shared.query_full(warpgroup), 1);
+      mbarrier_init(shared.query_empty(warpgroup), 4);
+    }
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    shrink_registers<kProducerRegisters>();
+    if (threadIdx.x == 0) produce(p, shared, tiles, tiles_per_head);
+  } else {
+    grow_registers<kConsumerRegisters>();
+    Consumer consumer(p, shared);
+    if (PINGPONG && consumer.warpgroup == WARPGROUPS - 1) named_barrier_arrive(1, 256);
+    for (int index = blockIdx.x; index < tiles; index += gridDim.x) consumer.run(locate_tile(p, index, tiles_per_head));
+  }
+}
