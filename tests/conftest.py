@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from sage_kernels.nvrtc import Nvrtc, find_libraries
+
 ROOT = Path(__file__).resolve().parent.parent
 PACK = "sage3_pack"
 WIDGET_TYPES = {"Combo", "String", "Float", "Int", "Boolean"}
@@ -73,6 +75,25 @@ def demo() -> Iterator[Callable[[str], ModuleType]]:
     sys.path.insert(0, folder)
     yield lambda name: importlib.import_module(f"demo.{name}")
     sys.path.remove(folder)
+
+
+@pytest.fixture(scope="session")
+def tool() -> Callable[[str], ModuleType]:
+    """Import a script of sage_kernels/tools by its name."""
+    folder = str(ROOT / "sage_kernels" / "tools")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module
+
+
+@pytest.fixture(scope="session")
+def nvrtc_12_8(tool: Callable[[str], ModuleType]) -> Nvrtc:
+    """The pinned compiler of most shipped cubins; it needs no GPU."""
+    compilers = tool("pinned_compilers")
+    if not compilers.available():
+        pytest.skip(f"NVIDIA publishes no NVRTC for {sys.platform}")
+    (library,) = find_libraries([compilers.install(compilers.NVRTC_12_8).as_posix()])
+    return Nvrtc(library)
 
 
 @pytest.fixture(scope="session")

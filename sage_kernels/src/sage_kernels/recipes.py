@@ -17,21 +17,27 @@ class Recipe:
         qk: format of Q and K along head_dim.
         pv: format of P and V along the tokens.
         smooth_q_rows: query rows that share a subtracted mean (SageAttention3's smooth Q); 0 subtracts nothing.
+        quantized_delta: delta_s, what smoothing Q took away, from a quantised mean and two quantised digits of K, so that
+            no 16-bit K is needed; what the mean loses by it stays in the rows. Else delta_s is exact.
         smooth_k: subtract the mean key of each head.
         smooth_v: subtract the mean value of each head and add it back to the output; exact, since rows of P sum to one.
         key_block: keys that one step of the online softmax takes.
         rescale_threshold: the output is rescaled only when the row maximum has grown by more than this many powers of
             two; P is stretched that much less, to keep headroom.
+        linear_exp_of_8: of every eight weights, how many (the last ones) are rounded to E2M1 through a straight line
+            between powers of two in place of an exponential: it costs no special-function instruction.
         int8_rows: query rows and key rows that share an INT8 scale.
     """
 
     qk: QKFormat
     pv: PVFormat
     smooth_q_rows: int = 0
+    quantized_delta: bool = False
     smooth_k: bool = True
     smooth_v: bool = False
     key_block: int = 128
     rescale_threshold: float = 0.0
+    linear_exp_of_8: int = 0
     int8_rows: tuple[int, int] = (32, 64)
 
 
@@ -39,7 +45,16 @@ EXACT = Recipe(qk="none", pv="none", smooth_k=False, key_block=512)
 SAGE_ATTENTION_3 = Recipe(qk="nvfp4", pv="nvfp4", smooth_q_rows=128)
 
 RECIPES: dict[Precision, Recipe] = {
-    "fp4": Recipe(qk="nvfp4", pv="nvfp4", smooth_q_rows=128, smooth_v=True),
+    "fp4": Recipe(
+        qk="nvfp4",
+        pv="nvfp4",
+        smooth_q_rows=32,
+        quantized_delta=True,
+        smooth_v=True,
+        key_block=32,
+        rescale_threshold=3.0,
+        linear_exp_of_8=3,
+    ),
     "fp8_fp4": Recipe(qk="mxfp8", pv="nvfp4", smooth_q_rows=128, smooth_v=True),
     "int8": Recipe(qk="int8", pv="fp8", smooth_v=True, key_block=64),
     "int8_fp16": Recipe(qk="int8", pv="fp16", key_block=64),

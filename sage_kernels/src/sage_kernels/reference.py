@@ -16,13 +16,15 @@ from sage_kernels.formats.fp8_e4m3 import dequantize_fp8, quantize_fp8
 from sage_kernels.formats.grouping import group_absmax, pad_last_axis, split_last_axis
 from sage_kernels.formats.int8 import dequantize_int8, quantize_int8
 from sage_kernels.formats.mxfp8 import dequantize_mxfp8, quantize_mxfp8
-from sage_kernels.formats.nvfp4 import quantize_groups
+from sage_kernels.formats.nvfp4 import quantize_groups, round_to_e2m1
 from sage_kernels.recipes import EXACT, PVFormat, QKFormat, Recipe
 from sage_kernels.score_mask import ScoreMask, valid_tokens
 
 _TILE_ELEMENTS = 1 << 20  # scores held at once: a tile and its temporaries stay in a CPU's cache
 _P_MAX: dict[PVFormat, float] = {"nvfp4": E4M3_MAX * E2M1_MAX, "fp8": E4M3_MAX, "fp16": 1.0, "none": 1.0}
 _TOKEN_PADDING = NVFP4_GROUP
+_LARGEST_POWER = 126  # its reciprocal is a normal float32 too
+_LINE_OFFSET = 530  # lowers the line between powers of two, in 1/8192, so that it crosses E2M1's thresholds within 0.5 %
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +36,7 @@ class QuantizedOperands:
         key: [B, Hkv, Nk', D], tokens padded with zeros to a multiple of 16.
         value: [B, Hkv, Nk', D].
         query_means: [B, H, ceil(Nq / smooth_q_rows), D], or None.
-        smooth_key: the unquantised smoothed key that query_means meet, or None.
+        smooth_key: the smoothed key that query_means meet, unquantised or in two quantised digits, or None.
         lse_shift: [B, H, Nq], the scores q . mean(k) that smoothing K took from every row (without the softmax scale).
         value_mean: [B, Hkv, 1, D], or None.
     """
@@ -48,23 +50,35 @@ class QuantizedOperands:
     value_mean: Tensor | None
 
 
-def power_of_two_scale(x: Tensor) -> Tensor:
-    """The power of two, [B, H, 1, 1], that brings each head's largest magnitude into (672, 1344].
+def power_of_two_scale(x: Tensor, rows: int = 0) -> Tensor:
+    """The power of two that brings the largest magnitude of each head, or of each `rows` tokens of it, into (672, 1344].
 
     E4M3 group scales reach 448 * 6 = 2688; half of it is left free because subtracting a mean can double a magnitude.
-    A head of zeros, or one with a NaN or an infinity, gets 1.
+    Zeros, and what holds a NaN or an infinity, get 1.
+
+    Args:
+        x: [B, H, N, D].
+        rows: tokens that share a scale; 0 for a whole head.
+
+    Returns:
+        float32 [B, H, 1, 1], or [B, H, N, 1] with rows.
     """
     if x.numel() == 0:
-        return x.new_ones((*x.shape[:2], 1, 1), dtype=torch.float32)
-    absmax = group_absmax(x.float().flatten(-2)).unsqueeze(-1)
+        return x.new_ones((*x.shape[:2], x.shape[2] if rows else 1, 1), dtype=torch.float32)
+    if rows:
+        blocks = torch.nn.functional.pad(x.float(), (0, 0, 0, -x.shape[2] % rows)).unflatten(2, (-1, rows))
+        absmax = group_absmax(blocks.flatten(-2)).repeat_interleave(rows, dim=2)[:, :, : x.shape[2]]
+    else:
+        absmax = group_absmax(x.float().flatten(-2)).unsqueeze(-1)
     usable = absmax > 0
     mantissa, exponent = torch.frexp(torch.where(usable, absmax, 1.0))
     top = 11 - (mantissa > 1344 / 2048).int()  # 1344 = 0.65625 * 2^11
-    return torch.where(usable, torch.ldexp(torch.ones_like(mantissa), top - exponent), 1.0)
+    power = (top - exponent).clamp_max(_LARGEST_POWER)
+    return torch.where(usable, torch.ldexp(torch.ones_like(mantissa), power), 1.0)
 
 
-def _head_scale(x: Tensor, needed: bool) -> Tensor:
-    return power_of_two_scale(x) if needed else x.new_ones(())
+def _power_scale(x: Tensor, needed: bool, rows: int = 0) -> Tensor:
+    return power_of_two_scale(x, rows) if needed else x.new_ones(())
 
 
 def attention_fp32(
@@ -116,7 +130,8 @@ def quantize_operands(
     if key_lengths is not None:
         valid = valid_tokens(key_lengths, k.shape[2])
         k, v = k.where(valid, 0.0), v.where(valid, 0.0)
-    query_scale, key_scale = _head_scale(q, recipe.qk == "nvfp4"), _head_scale(k, recipe.qk == "nvfp4")
+    query_scale = _power_scale(q, recipe.qk == "nvfp4", recipe.smooth_q_rows)
+    key_scale = _power_scale(k, recipe.qk == "nvfp4")
 
     lse_shift = None
     if recipe.smooth_k:
@@ -128,11 +143,17 @@ def quantize_operands(
     query_means = smooth_key = None
     if recipe.smooth_q_rows:
         query_means = _block_means(q, recipe.smooth_q_rows)
-        q = q - query_means.repeat_interleave(recipe.smooth_q_rows, dim=2)[:, :, : q.shape[2]]
         smooth_key = k
+        if recipe.quantized_delta:
+            block_scale = query_scale[:, :, :: recipe.smooth_q_rows] if query_scale.dim() else query_scale
+            query_means = _round_trip_qk(query_means * block_scale, recipe.qk, 1) / block_scale
+            first = _round_trip_qk(k * key_scale, recipe.qk, recipe.int8_rows[1])
+            second = _round_trip_qk(k * key_scale - first, recipe.qk, recipe.int8_rows[1])
+            smooth_key = (first + second) / key_scale
+        q = q - query_means.repeat_interleave(recipe.smooth_q_rows, dim=2)[:, :, : q.shape[2]]
 
     value_mean = None
-    value_scale = _head_scale(v, recipe.pv in ("nvfp4", "fp16"))
+    value_scale = _power_scale(v, recipe.pv in ("nvfp4", "fp16"))
     if recipe.smooth_v:
         value_mean = _token_mean(v, key_lengths)
         v = _subtract_from_tokens(v, value_mean, key_lengths)
@@ -183,8 +204,8 @@ def _attend_rows(
         grown = tile_maximum > maximum + recipe.rescale_threshold * math.log(2)
         new_maximum = torch.where(grown | tile_maximum.isnan(), tile_maximum, maximum)
         shift = torch.where(new_maximum == -torch.inf, 0.0, new_maximum)
-        weights = scores.sub_(shift).mul_(math.log2(math.e)).add_(math.log2(stretch)).exp2_()
-        weights = _round_p(weights, recipe.pv)
+        powers = scores.sub_(shift).mul_(math.log2(math.e)).add_(math.log2(stretch))
+        weights = _round_p(powers, recipe)
         rescale = torch.exp(maximum - shift)
         row_sum = row_sum * rescale + weights.sum(dim=-1, keepdim=True)
         accumulator = accumulator * rescale + _grouped_matmul(weights, operands.value[:, :, keys])
@@ -269,12 +290,25 @@ def _round_trip_v(x: Tensor, pv: PVFormat) -> Tensor:
     return x
 
 
-def _round_p(weights: Tensor, pv: PVFormat) -> Tensor:
-    """Round the stretched softmax weights (two-level quantisation, section 3.2)."""
-    if pv == "nvfp4":
-        return _round_trip_nvfp4(weights)
-    if pv == "fp8":
+def _round_p(powers: Tensor, recipe: Recipe) -> Tensor:
+    """Round the stretched softmax weights 2^powers (two-level quantisation, section 3.2)."""
+    weights = powers.exp2()
+    if recipe.pv == "nvfp4":
+        groups = split_last_axis(weights, NVFP4_GROUP)
+        values, scales = quantize_groups(groups)
+        if recipe.linear_exp_of_8:
+            line = _line_exp2(split_last_axis(powers, NVFP4_GROUP) - scales.log2()).where(scales > 0, 0.0)
+            is_linear = torch.arange(NVFP4_GROUP, device=powers.device) % 8 >= 8 - recipe.linear_exp_of_8
+            values = torch.where(is_linear, round_to_e2m1(line), values)
+        return (values * scales).flatten(-2)
+    if recipe.pv == "fp8":
         return round_to_e4m3(weights)
-    if pv == "fp16":
+    if recipe.pv == "fp16":
         return weights.half().float()
     return weights
+
+
+def _line_exp2(power: Tensor) -> Tensor:
+    """2^power by a straight line between powers of two: power in fixed point is the bits of a float32 (Schraudolph)."""
+    fixed = torch.round(power.clamp(-20.0, 20.0) * 8192).int() + (127 * 8192 - _LINE_OFFSET)
+    return (fixed << 10).view(torch.float32)

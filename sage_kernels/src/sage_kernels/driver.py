@@ -1,0 +1,179 @@
+"""The CUDA driver by ctypes: load a cubin, launch a kernel. Nothing is loaded on import, no CUDA toolkit needed."""
+
+import ctypes
+import sys
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from functools import lru_cache
+from typing import Any
+
+_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
+_PARAMETER_ARRAY = c_void_p * 1
+
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "cuInit": (c_uint,),
+    "cuDriverGetVersion": (POINTER(c_int),),
+    "cuGetErrorName": (c_int, POINTER(c_char_p)),
+    "cuGetErrorString": (c_int, POINTER(c_char_p)),
+    "cuDeviceGet": (POINTER(c_int), c_int),
+    "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
+    "cuCtxPushCurrent_v2": (c_void_p,),
+    "cuCtxPopCurrent_v2": (POINTER(c_void_p),),
+    "cuModuleLoadData": (POINTER(c_void_p), c_char_p),
+    "cuModuleGetFunction": (POINTER(c_void_p), c_void_p, c_char_p),
+    "cuFuncSetAttribute": (c_void_p, c_int, c_int),
+    "cuLaunchKernel": (c_void_p, *(c_uint,) * 7, c_void_p, c_void_p, c_void_p),
+}
+_ADVICE = {
+    100: "no CUDA GPU is visible; check that the GPU shows up in nvidia-smi",
+    200: "the compiled kernel is not readable by this driver; update the GPU driver",
+    209: "the compiled kernel is for another GPU architecture",
+    222: "the GPU driver is older than the compiler of this kernel; update the GPU driver",
+    701: "the kernel wants more registers or shared memory than this GPU has",
+    803: "the driver in use and the one installed differ; restart the machine",
+}
+
+
+class KernelLoadError(RuntimeError):
+    """A kernel can't be loaded here; the message says why and what to do."""
+
+
+class DriverError(RuntimeError):
+    """A call of the CUDA driver failed."""
+
+
+class Driver:
+    """The few functions of the CUDA driver that launching takes.
+
+    Args:
+        library: the loaded driver library.
+
+    Raises:
+        DriverError: the driver can't start.
+        KernelLoadError: the library lacks a function: it is too old.
+    """
+
+    def __init__(self, library: Any) -> None:
+        for name, argument_types in _SIGNATURES.items():
+            function = getattr(library, name, None)
+            if function is None:
+                raise KernelLoadError(f"the GPU driver has no {name}: it is too old; update the GPU driver")
+            function.argtypes = argument_types
+            function.restype = c_int
+        self._library = library
+        self._push, self._pop, self._launch = (
+            library.cuCtxPushCurrent_v2,
+            library.cuCtxPopCurrent_v2,
+            library.cuLaunchKernel,
+        )
+        self._check("cuInit", library.cuInit(0))
+
+    def version(self) -> tuple[int, int]:
+        """The newest CUDA version that the driver supports, such as (12, 8)."""
+        number = c_int()
+        self._check("cuDriverGetVersion", self._library.cuDriverGetVersion(byref(number)))
+        return number.value // 1000, number.value % 1000 // 10
+
+    def primary_context(self, index: int) -> int:
+        """The context that torch uses on device `index`; kept alive until the process ends."""
+        device, context = c_int(), c_void_p()
+        self._check("cuDeviceGet", self._library.cuDeviceGet(byref(device), index))
+        retain = self._library.cuDevicePrimaryCtxRetain
+        self._check("cuDevicePrimaryCtxRetain", retain(byref(context), device))
+        return _handle(context)
+
+    def load_function(self, context: int, cubin: bytes, entry: str) -> int:
+        """Load `cubin` into `context` and find the kernel `entry`; the module stays until the process ends."""
+        module, function = c_void_p(), c_void_p()
+        self._check("cuCtxPushCurrent", self._push(context))
+        try:
+            self._check("cuModuleLoadData", self._library.cuModuleLoadData(byref(module), cubin))
+            get_function = self._library.cuModuleGetFunction
+            self._check(f"cuModuleGetFunction({entry})", get_function(byref(function), module, entry.encode()))
+        finally:
+            self._pop(byref(c_void_p()))
+        return _handle(function)
+
+    def parameter_bytes(self, function: int) -> int | None:
+        """Size of the kernel's first parameter; None where the driver is too old (before 12.4) to tell."""
+        get_info = getattr(self._library, "cuFuncGetParamInfo", None)
+        if get_info is None:
+            return None
+        get_info.argtypes = (c_void_p, c_size_t, POINTER(c_size_t), POINTER(c_size_t))
+        get_info.restype = c_int
+        offset, size = c_size_t(), c_size_t()
+        self._check("cuFuncGetParamInfo", get_info(function, 0, byref(offset), byref(size)))
+        return size.value
+
+    def allow_shared_memory(self, context: int, function: int, size: int) -> None:
+        """Let launches of `function` use up to `size` bytes of dynamic shared memory."""
+        self._check("cuCtxPushCurrent", self._push(context))
+        try:
+            result = self._library.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_SIZE_BYTES, size)
+            self._check(f"cuFuncSetAttribute({size} bytes of shared memory)", result)
+        finally:
+            self._pop(byref(c_void_p()))
+
+    def launch(
+        self,
+        context: int,
+        function: int,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared_bytes: int,
+        stream: int,
+        parameters: ctypes.Structure,
+    ) -> None:
+        """Launch with one struct as the only parameter, whatever context the calling thread has current.
+
+        A thread that has not used CUDA yet has none, and the caller's device may be another one.
+        """
+        result = self._push(context)
+        if result:
+            self._check("cuCtxPushCurrent", result)
+        try:
+            result = self._launch(
+                function,
+                *grid,
+                threads,
+                1,
+                1,
+                shared_bytes,
+                stream,
+                _PARAMETER_ARRAY(ctypes.addressof(parameters)),
+                None,
+            )
+        finally:
+            self._pop(byref(c_void_p()))
+        if result:
+            self._check("cuLaunchKernel", result)
+
+    def _check(self, call: str, result: int) -> None:
+        if result == 0:
+            return
+        name, text = c_char_p(), c_char_p()
+        self._library.cuGetErrorName(result, byref(name))
+        self._library.cuGetErrorString(result, byref(text))
+        message = f"{call} failed: {(name.value or b'unknown error').decode()} ({result})"
+        details = [part for part in ((text.value or b"").decode(), _ADVICE.get(result)) if part]
+        raise DriverError(": ".join([message, "; ".join(details)]) if details else message)
+
+
+def _handle(pointer: c_void_p) -> int:
+    assert pointer.value is not None
+    return pointer.value
+
+
+@lru_cache(maxsize=1)
+def cuda_driver() -> Driver:
+    """The driver of this machine, loaded on the first call.
+
+    Raises:
+        KernelLoadError: there is none, or it is too old.
+        DriverError: it can't start.
+    """
+    try:
+        library = ctypes.CDLL(_LIBRARY)
+    except OSError as error:
+        raise KernelLoadError(f"no CUDA driver: {error}; install the driver of the GPU") from error
+    return Driver(library)

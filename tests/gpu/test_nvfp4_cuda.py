@@ -1,0 +1,309 @@
+"""The FP4 kernel on a GPU: the same source as for sm_120a, its FP4 instructions emulated where the GPU has none.
+
+Preparation is compared bit for bit with formats/, attention with the quantised reference on the very operands that the
+kernel packed. What is left between those two is rounding: the output's own, and weights that a sum in another order or
+the special-function unit's last bits carry across a rounding boundary of E2M1 or E4M3.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from sage_kernels.attention_call import make_call
+from sage_kernels.formats.nvfp4 import dequantize_nvfp4, quantize_nvfp4
+from sage_kernels.formats.nvfp4_tiles import (
+    QUERY_BLOCK,
+    pack_key_value_tiles,
+    pack_mean_tiles,
+    pack_query_blocks,
+    unpack_key_value_tiles,
+    unpack_mean_tiles,
+    unpack_query_blocks,
+)
+from sage_kernels.formats.grouping import pad_last_axis
+from sage_kernels.kernels.nvfp4_cuda import NVFP4CudaKernel
+from sage_kernels.recipes import RECIPES
+from sage_kernels.reference import QuantizedOperands, attend, attention_fp32, power_of_two_scale
+from sage_kernels.score_mask import ScoreMask
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU"),
+]
+
+RECIPE = RECIPES["fp4"]
+SENTINEL = 777.0
+# Relative L1 between kernel and quantised reference. A bf16 output alone is off by 2^-9 at most, 2^-10.5 on average
+# (7e-4); fp16 by an eighth. Accumulation in another order moves a score by 2^-22 of its range or so, which carries
+# about one weight in 10^4 across a boundary, by a sixth of its group's maximum at most.
+BOUND = {torch.bfloat16: 2.5e-3, torch.float16: 1.5e-3}
+# Against exact attention: what FP4 costs on data of normal distribution, where no structure helps it.
+QUALITY = 0.25
+
+
+def native():
+    return torch.cuda.get_device_capability()[0] == 12
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    return NVFP4CudaKernel(emulate_instructions=not native())
+
+
+@pytest.fixture(autouse=True)
+def full_float32_products():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def relative_l1(output, expected):
+    return ((output.float() - expected).abs().sum() / expected.abs().sum().clamp_min(1e-30)).item()
+
+
+def make_qkv(batch, heads, kv_heads, rows, keys, head_dim, dtype, seed=0, size=1.0):
+    """Q, K and V with biases that all tokens share, as diffusion models have them."""
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+
+    def tensor(count, length):
+        x = torch.randn(batch, count, length, head_dim, generator=generator, device="cuda")
+        return ((x + 0.7 * torch.randn(batch, count, 1, head_dim, generator=generator, device="cuda")) * size).to(dtype)
+
+    return tensor(heads, rows), tensor(kv_heads, keys), tensor(kv_heads, keys)
+
+
+def make_options(kind, batch, heads, rows, keys, seed=0):
+    generator = torch.Generator(device="cuda").manual_seed(seed + 1)
+
+    def random(*shape):
+        return torch.rand(*shape, generator=generator, device="cuda")
+
+    if kind == "causal":
+        return {"is_causal": True}
+    if kind == "bool":
+        mask = random(batch, 1, rows, keys) > 0.4
+        mask[:, :, rows // 2] = False  # a row that may see nothing
+        return {"attn_mask": mask}
+    if kind == "blocks":  # whole tiles that nobody sees, and a mask that all rows share
+        return {"attn_mask": (torch.arange(keys, device="cuda") // 128 % 2 == 0)[None]}
+    if kind == "additive":
+        return {"attn_mask": random(heads, rows, keys) * 6 - 3}
+    if kind == "additive_16":
+        mask = (random(batch, heads, rows, 1) * 2 - 1).to(torch.bfloat16)
+        return {"attn_mask": mask.expand(batch, heads, rows, keys)}
+    if kind == "lengths":
+        lengths = torch.tensor([max(1, keys // 3), keys, 0, keys + 5][:batch], dtype=torch.int32, device="cuda")
+        return {"key_lengths": lengths}
+    return {}
+
+
+def call_of(q, k, v, *, attn_mask=None, is_causal=False, scale=None, key_lengths=None, layout="BHND"):
+    return make_call(q, k, v, attn_mask, is_causal, scale, True, key_lengths, layout, "fp4", True, False)
+
+
+def pad_groups(x):
+    return pad_last_axis(x, 16)
+
+
+def unpacked(state, call):
+    """The kernel's own operands, as the reference takes them."""
+    packed, dim = state.operands, call.head_dim
+    rows, keys = call.query_length, call.key_length
+    blocks = packed.queries.flatten(2, 3)
+    query = dequantize_nvfp4(unpack_query_blocks(blocks, rows, dim))[..., :dim]
+    means = dequantize_nvfp4(unpack_mean_tiles(packed.means, -(-rows // QUERY_BLOCK), dim))[..., :dim]
+    key, residual, value = (dequantize_nvfp4(x) for x in unpack_key_value_tiles(packed.keys_values, keys, dim))
+    query_factors = packed.query_factors.flatten(2)[:, :, : means.shape[2], None] * (-1 if call.scale < 0 else 1)
+    row_factors = query_factors.repeat_interleave(QUERY_BLOCK, dim=2)[:, :, :rows]
+    pad = -keys % 16
+    key, residual = (torch.nn.functional.pad(x[..., :dim], (0, 0, 0, pad)) for x in (key, residual))
+    key_factors = packed.key_factors[..., None, None]
+    return QuantizedOperands(
+        query * row_factors,
+        key * key_factors,
+        value.transpose(-1, -2) * packed.value_factors[..., None, None],
+        means * query_factors,
+        (key + residual) * key_factors,
+        packed.lse_shifts,
+        packed.value_means[:, :, None, :dim],
+    )
+
+
+def reference(state, call):
+    mask = ScoreMask(call.attn_mask, call.is_causal, call.key_lengths, call.key_length)
+    return attend(unpacked(state, call), mask, RECIPE, call.scale)
+
+
+def check(kernel, q, k, v, quality=QUALITY, **options):
+    before = [x.clone() for x in (q, k, v)]
+    call = call_of(q, k, v, **options)
+    state = kernel.prepare(call)
+    poison = torch.full((q.numel() + 64,), SENTINEL, device="cuda", dtype=q.dtype)
+    del poison  # the caching allocator hands this memory to the output: what isn't written shows
+    output, lse = kernel.run(state)
+    assert all(torch.equal(x, y) for x, y in zip((q, k, v), before, strict=True)), "an input was changed"
+    assert output.dtype == q.dtype and not (output == SENTINEL).any()
+    expected, expected_lse = reference(state, call)
+    error = relative_l1(output, expected)
+    assert torch.isfinite(output).all()
+    assert error < BOUND[q.dtype], error
+    finite = torch.isfinite(expected_lse)
+    assert torch.equal(finite, torch.isfinite(lse))
+    assert (lse - expected_lse)[finite].abs().max() < 2e-3 if finite.any() else True
+    exact, _ = attention_fp32(
+        q, k, v, attn_mask=call.attn_mask, is_causal=call.is_causal, scale=call.scale, key_lengths=call.key_lengths
+    )
+    assert relative_l1(output, exact) < quality
+    return output, error
+
+
+LENGTHS = [(1, 1), (63, 63), (64, 64), (100, 100), (127, 127), (128, 128), (129, 129), (1000, 1000)]
+CROSS = [(1, 1000), (100, 77), (257, 512), (1000, 64), (300, 1)]
+KINDS = ["plain", "causal", "bool", "blocks", "additive", "additive_16", "lengths"]
+
+
+@pytest.mark.parametrize("rows, keys", LENGTHS + CROSS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_attention_agrees_with_the_quantised_reference(kernel, head_dim, dtype, kind, rows, keys):
+    batch, heads, kv_heads = (3, 2, 1) if kind == "lengths" else (2, 4, 2)
+    q, k, v = make_qkv(batch, heads, kv_heads, rows, keys, head_dim, dtype)
+    check(kernel, q, k, v, quality=math.inf, **make_options(kind, batch, heads, rows, keys))
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 72, 80, 100, 120, 33])
+@pytest.mark.parametrize("kind", ["plain", "causal"])
+def test_other_head_dims_are_padded(kernel, head_dim, kind):
+    q, k, v = make_qkv(1, 3, 3, 200, 333, head_dim, torch.bfloat16)
+    check(kernel, q, k, v, **make_options(kind, 1, 3, 200, 333))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_image_sized_sequences_agree(kernel, head_dim, is_causal):
+    q, k, v = make_qkv(1, 3, 3, 4608, 4608, head_dim, torch.bfloat16)
+    check(kernel, q, k, v, is_causal=is_causal)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 100.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_tensors_of_any_size_are_as_accurate(kernel, size, dtype):
+    q, k, v = make_qkv(1, 2, 2, 300, 300, 128, dtype, size=size if dtype == torch.bfloat16 else min(size, 1e3))
+    check(kernel, q, k, v, scale=128**-0.5 / size**2)
+
+
+@pytest.mark.parametrize("scale", [-0.1, 0.0, 1.0])
+def test_softmax_scale_is_honoured(kernel, scale):
+    q, k, v = make_qkv(1, 2, 2, 300, 300, 64, torch.bfloat16)
+    check(kernel, q, k, v, scale=scale, quality=0.6)
+
+
+@pytest.mark.parametrize("layout", ["BHND", "BNHD"])
+@pytest.mark.parametrize("view", ["transposed", "sliced", "head_dim_strided", "expanded"])
+def test_any_strides_give_the_same_result(kernel, layout, view):
+    q, k, v = make_qkv(2, 4, 4, 150, 150, 64, torch.bfloat16)
+    expected, _ = check(kernel, q, k, v)
+    if view == "transposed":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    elif view == "sliced":
+        q, k, v = (torch.nn.functional.pad(x, (3, 2, 1, 1))[:, :, 1:-1, 3:-2] for x in (q, k, v))
+    elif view == "head_dim_strided":
+        q, k, v = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v))
+    else:
+        k, v = k[:, :1].expand_as(k), v[:, :1].expand_as(v)
+        expected, _ = check(kernel, q, k.contiguous(), v.contiguous())
+    if layout == "BNHD":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    state = kernel.prepare(call_of(q, k, v, layout=layout))
+    output, _ = kernel.run(state)
+    assert torch.equal(output, expected)
+
+
+def test_result_is_the_same_every_time(kernel):
+    q, k, v = make_qkv(2, 3, 3, 1000, 1000, 128, torch.bfloat16)
+    first, _ = check(kernel, q, k, v)
+    for _ in range(5):
+        output, _ = kernel.run(kernel.prepare(call_of(q, k, v)))
+        assert torch.equal(output, first)
+
+
+def test_non_finite_inputs_are_not_hidden(kernel):
+    q, k, v = make_qkv(1, 1, 1, 200, 200, 64, torch.bfloat16)
+    for which, place in itertools.product(range(3), (torch.nan, torch.inf)):
+        broken = [x.clone() for x in (q, k, v)]
+        broken[which][0, 0, 70, 5] = place
+        output, _ = kernel.run(kernel.prepare(call_of(*broken)))
+        assert not torch.isfinite(output).all()
+
+
+def test_graph_replay_follows_new_data(kernel):
+    tensors = make_qkv(1, 2, 2, 500, 700, 128, torch.bfloat16)
+    kernel.run(kernel.prepare(call_of(*tensors)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output, _ = kernel.run(kernel.prepare(call_of(*tensors)))
+    fresh = make_qkv(1, 2, 2, 500, 700, 128, torch.bfloat16, seed=5)
+    for old, new in zip(tensors, fresh, strict=True):
+        old.copy_(new)
+    graph.replay()
+    torch.cuda.synchronize()
+    expected, _ = kernel.run(kernel.prepare(call_of(*fresh)))
+    assert torch.equal(output, expected)
+
+
+def sequential_means(x, rows):
+    """Means of blocks of rows, summed up in the order of the rows, as the kernel does."""
+    blocks = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % rows)).unflatten(2, (-1, rows))
+    total = torch.zeros_like(blocks[:, :, :, 0])
+    for row in range(rows):
+        total = total + blocks[:, :, :, row]
+    counts = (x.shape[2] - rows * torch.arange(total.shape[2], device=x.device)).clamp(max=rows)
+    return total / counts[:, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 72, 96, 128, 33])
+@pytest.mark.parametrize("rows, keys", [(1, 1), (100, 333), (1000, 1000)])
+def test_packed_operands_are_bit_for_bit_those_of_the_formats(kernel, rows, keys, head_dim, dtype):
+    q, k, v = make_qkv(2, 4, 2, rows, keys, head_dim, dtype)
+    lengths = torch.tensor([keys, max(1, keys // 2)], dtype=torch.int32, device="cuda")
+    packed = kernel.prepare(call_of(q, k, v, key_lengths=lengths)).operands
+    q, k, v = q.float(), k.float(), v.float()
+    valid = (torch.arange(keys, device="cuda") < lengths[:, None])[:, None, :, None]
+
+    scale = power_of_two_scale(q, QUERY_BLOCK)
+    means = quantize_nvfp4(pad_groups(sequential_means(q, QUERY_BLOCK) * scale[:, :, ::QUERY_BLOCK]))
+    restored = dequantize_nvfp4(means)[..., :head_dim].repeat_interleave(QUERY_BLOCK, dim=2)[:, :, :rows]
+    query = quantize_nvfp4(pad_groups(q * scale - restored))
+    images = pack_query_blocks(query)
+    assert torch.equal(packed.means, pack_mean_tiles(means))
+    assert torch.equal(packed.queries.flatten(2, 3)[:, :, : images.shape[2]], images)
+    assert torch.equal(packed.query_factors.flatten(2)[:, :, : images.shape[2]], 1 / scale[:, :, ::QUERY_BLOCK, 0])
+
+    exact = [(x.double() * valid).sum(2) / lengths[:, None, None] for x in (k, v)]
+    for mean, expected in zip((packed.key_means, packed.value_means), exact, strict=True):
+        assert (mean[..., :head_dim] - expected).abs().max() < 1e-6 * expected.abs().max() + 1e-6
+    key_scale, value_scale = (power_of_two_scale(x * valid) for x in (k, v))
+    key = torch.nn.functional.pad((k - packed.key_means[:, :, None, :head_dim]) * valid * key_scale, (0, 0, 0, 0))
+    value = (v - packed.value_means[:, :, None, :head_dim]) * valid * value_scale
+    first = quantize_nvfp4(pad_groups(key))
+    second = quantize_nvfp4(pad_groups(key - dequantize_nvfp4(first)[..., :head_dim]))
+    transposed = quantize_nvfp4(pad_groups(value.transpose(-1, -2)))
+    assert torch.equal(packed.keys_values, pack_key_value_tiles(first, second, transposed))
+
+
+def test_operands_take_little_memory(kernel):
+    q, k, v = make_qkv(1, 4, 4, 16384, 16384, 128, torch.bfloat16)
+    kernel.run(kernel.prepare(call_of(q, k, v)))
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call = make_call(q, k, v, None, False, None, False, None, "BHND", "fp4", False, False)
+    output, _ = kernel.run(kernel.prepare(call))
+    extra = torch.cuda.max_memory_allocated() - before - output.numel() * 2
+    assert extra <= 0.40 * 3 * q.numel() * 2

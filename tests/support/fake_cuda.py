@@ -1,0 +1,57 @@
+"""A CUDA driver library of Python functions: answers like libcuda and records what it was asked for."""
+
+import ctypes
+from types import SimpleNamespace
+
+NAMES = {0: b"CUDA_SUCCESS", 200: b"CUDA_ERROR_INVALID_IMAGE", 701: b"CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"}
+
+
+class FakeCuda(SimpleNamespace):
+    """Set `failures[function] = code` to make a call fail; `contexts` is the stack of the calling thread."""
+
+    def __init__(self, version=12080, parameter_bytes=24):
+        super().__init__()
+        self.calls, self.contexts, self.failures = [], [], {}
+        self.launched_parameters = []
+        self._answers = {
+            "cuDriverGetVersion": lambda out: write(out, version),
+            "cuGetErrorName": lambda code, out: write(out, NAMES.get(code)),
+            "cuGetErrorString": lambda code, out: write(out, b"what the driver says"),
+            "cuDeviceGet": write,
+            "cuDevicePrimaryCtxRetain": lambda out, device: write(out, 1000 + device.value),
+            "cuCtxPushCurrent_v2": self.contexts.append,
+            "cuCtxPopCurrent_v2": lambda out: self.contexts.pop(),
+            "cuModuleLoadData": lambda out, image: write(out, 2000 + self.contexts[-1]),
+            "cuModuleGetFunction": lambda out, module, name: write(out, 5),
+            "cuFuncGetParamInfo": lambda function, index, offset, size: write(size, parameter_bytes),
+            "cuLaunchKernel": self._launch,
+        }
+        for name in (*self._answers, "cuInit", "cuFuncSetAttribute"):
+            setattr(self, name, self._function(name))
+
+    def _function(self, name):
+        def function(*arguments):
+            self.calls.append((name, *arguments))
+            if name in self.failures:
+                return self.failures[name]
+            if name in self._answers:
+                self._answers[name](*arguments)
+            return 0
+
+        return function
+
+    def _launch(self, *arguments):
+        self.launched_parameters.append((self.contexts[-1], ctypes.c_uint32.from_address(arguments[9][0]).value))
+
+    def count(self, name):
+        """How often a function was called."""
+        return sum(call[0] == name for call in self.calls)
+
+    def last(self, name):
+        """Arguments of a function's last call."""
+        return next(call[1:] for call in reversed(self.calls) if call[0] == name)
+
+
+def write(reference, value):
+    """Store through a byref()."""
+    reference._obj.value = value

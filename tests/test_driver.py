@@ -1,0 +1,92 @@
+"""The CUDA driver by ctypes: what is passed to it, and what its errors say."""
+
+import ctypes
+import threading
+
+import pytest
+
+from fake_cuda import FakeCuda
+from sage_kernels.driver import Driver, DriverError, KernelLoadError
+
+
+class Parameters(ctypes.Structure):
+    _fields_ = (("number", ctypes.c_uint32),)
+
+
+def test_version_is_that_of_cuda():
+    assert Driver(FakeCuda(version=12090)).version() == (12, 9)
+
+
+def test_a_launch_passes_grid_block_memory_stream_and_the_address_of_the_struct():
+    library = FakeCuda()
+    Driver(library).launch(1000, 5, (7, 8, 9), 256, 4096, 77, Parameters(42))
+    arguments = library.last("cuLaunchKernel")
+    assert arguments[:9] == (5, 7, 8, 9, 256, 1, 1, 4096, 77)
+    assert arguments[10] is None
+    assert library.launched_parameters == [(1000, 42)]
+
+
+def test_a_launch_leaves_the_callers_context_current():
+    library = FakeCuda()
+    library.contexts.append("the caller's")
+    Driver(library).launch(1001, 5, (1, 1, 1), 32, 0, 0, Parameters(1))
+    assert library.launched_parameters[0][0] == 1001
+    assert library.contexts == ["the caller's"]
+
+
+@pytest.mark.parametrize("call", ["cuModuleLoadData", "cuLaunchKernel", "cuFuncSetAttribute"])
+def test_a_failed_call_raises_and_leaves_the_callers_context_current(call):
+    library = FakeCuda()
+    library.failures[call] = 701
+    driver = Driver(library)
+    with pytest.raises(DriverError, match=rf"{call}.*CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES \(701\): what the driver says"):
+        {
+            "cuModuleLoadData": lambda: driver.load_function(1000, b"cubin", "entry"),
+            "cuLaunchKernel": lambda: driver.launch(1000, 5, (1, 1, 1), 32, 0, 0, Parameters(1)),
+            "cuFuncSetAttribute": lambda: driver.allow_shared_memory(1000, 5, 99 << 10),
+        }[call]()
+    assert library.contexts == []
+
+
+def test_known_errors_say_what_to_do():
+    library = FakeCuda()
+    library.failures["cuModuleLoadData"] = 200
+    with pytest.raises(DriverError, match="update the GPU driver"):
+        Driver(library).load_function(1000, b"no cubin", "entry")
+
+
+def test_an_error_that_the_driver_has_no_name_for_keeps_its_number():
+    library = FakeCuda()
+    library.failures["cuLaunchKernel"] = 12345
+    with pytest.raises(DriverError, match="12345"):
+        Driver(library).launch(1000, 5, (1, 1, 1), 32, 0, 0, Parameters(1))
+
+
+def test_a_driver_without_a_needed_function_is_called_too_old():
+    library = FakeCuda()
+    del library.cuDevicePrimaryCtxRetain
+    with pytest.raises(KernelLoadError, match=r"no cuDevicePrimaryCtxRetain.*update the GPU driver"):
+        Driver(library)
+
+
+def test_drivers_that_cannot_tell_the_parameter_size_are_fine():
+    library = FakeCuda()
+    assert Driver(library).parameter_bytes(5) == 24
+    del library.cuFuncGetParamInfo
+    assert Driver(library).parameter_bytes(5) is None
+
+
+def test_threads_can_launch_at_once():
+    library = FakeCuda()
+    driver = Driver(library)
+
+    def launch(number):
+        for _ in range(50):
+            driver.launch(1000, 5, (1, 1, 1), 32, 0, 0, Parameters(number))
+
+    threads = [threading.Thread(target=launch, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(number for _, number in library.launched_parameters) == sorted([0, 1, 2, 3] * 50)
