@@ -157,10 +157,13 @@ def quantize_operands(
     if recipe.smooth_v:
         value_mean = _token_mean(v, key_lengths)
         v = _subtract_from_tokens(v, value_mean, key_lengths)
+    value = _round_trip_v(_pad_tokens(v) * value_scale, recipe.pv) / value_scale
+    if recipe.recenter_v and value_mean is not None:
+        value_mean = value_mean - _token_mean(value[:, :, : v.shape[2]], key_lengths)
     return QuantizedOperands(
         _round_trip_qk(q * query_scale, recipe.qk, recipe.int8_rows[0]) / query_scale,
         _round_trip_qk(k * key_scale, recipe.qk, recipe.int8_rows[1]) / key_scale,
-        _round_trip_v(_pad_tokens(v) * value_scale, recipe.pv) / value_scale,
+        value,
         query_means,
         smooth_key,
         lse_shift,
