@@ -2,45 +2,14 @@
 //
 // One producer warp copies K and V tiles into a ring; each consumer warpgroup owns 64 query rows and keeps two wgmma
 // groups in flight: Q K^T of the next key block and P V of the current one, under which it computes the softmax.
-// FP8 wgmma accumulates with about 14 bits, so P V of each key block starts at zero and is added in float32.
 // S accumulates on top of 0x4B400000, so that its bits are the float 12582912 + S and need no conversion.
 //
-// Compile-time: HEAD_DIM 64 | 128 (smaller ones padded), KEYS per block, WARPGROUPS of consumers.
-#include "sm90.cuh"
-
-#ifndef STAGES
-#define STAGES (HEAD_DIM == 128 ? 5 : 8)
-#endif
-#ifndef PROMOTE
-#define PROMOTE 1
-#endif
-#ifndef MAGIC
-#define MAGIC 1
-#endif
-#ifndef PINGPONG
-#define PINGPONG 1
-#endif
-#ifndef POLY
-#define POLY 0
-#endif
-
-struct AttentionParams {
-  const u8* query;           // [B, H, query_rows][HEAD_DIM] codes, swizzled rows
-  const u8* key;             // [B, Hkv, key_blocks][KEYS][HEAD_DIM]
-  const u8* value;           // [B, Hkv, key_blocks][HEAD_DIM][KEYS]
-  const float* query_scale;  // [B, H, query_rows], times softmax scale * log2(e)
-  const float* key_scale;    // [B, Hkv, key_blocks]
-  const float* value_scale;  // [B, Hkv, HEAD_DIM]
-  const float* value_mean;   // [B, Hkv, HEAD_DIM]
-  const int* value_error;    // [B, Hkv, HEAD_DIM], summed V minus codes, in 1/16 of a code unit
-  const float* lse_shift;    // [B, H, query_rows]; unused without lse
-  const int* key_lengths;    // [B] or null
-  void* output;              // [B, H, Nq, D], strides below, D contiguous
-  float* lse;                // [B, H, Nq] or null
-  i64 output_strides[3];     // batch, head, row, in elements
-  int batch, heads, kv_heads, query_length, key_length, head_dim, query_rows, key_blocks;
-  int is_causal, is_bfloat16;
-};
+// Compile-time: HEAD_DIM 64 | 128 (smaller ones padded), KEYS per block, STAGES of the ring, WARPGROUPS of consumers and
+// PINGPONG: two of them take turns with the tensor cores.
+// PROMOTE: FP8 wgmma accumulates with about 14 bits; P V of each key block starts at zero and is added in float32.
+// HEADROOM: O is rescaled only when the row maximum has grown by more than this many powers of two.
+// LINE: of every eight weights, how many come from a straight line between powers of two in place of the exponential.
+#include "int8_sm90_params.cuh"
 
 constexpr int kRows = 64 * WARPGROUPS;
 constexpr int kThreads = 128 * (WARPGROUPS + 1);
@@ -53,16 +22,16 @@ constexpr int kScores = KEYS / 2;     // S registers of a thread
 constexpr int kOutputs = HEAD_DIM / 2;  // O registers of a thread
 constexpr u32 kMagicBits = 0x4B400000;
 constexpr float kMagic = 12582912.f;
-constexpr float kLog2Stretch = 8.807354922f;  // log2(448): the row maximum becomes E4M3's largest value
-constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kLog2Stretch = 8.807354922f - HEADROOM;  // log2(448): the row maximum becomes E4M3's largest value
+constexpr float kLineUnits = 16384.f;                     // a line's fixed point
+constexpr float kLineStart = 8388608.f;                   // 2^23: from here on a float's lowest bit counts ones
+constexpr float kLineShift = (127.f - 0.0564f) * kLineUnits + kLineStart;  // less what the line exceeds 2^x on average
 
 struct Tile {
   int batch, head, kv_head, row, key_blocks, key_length;
 };
 
-DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-DEVICE Tile locate_tile(const AttentionParams& p, int index, int tiles_per_head) {
+DEVICE Tile locate_tile(const Int8Params& p, int index, int tiles_per_head) {
   Tile tile;
   const int batch_head = index / tiles_per_head;
   int block = index % tiles_per_head;
@@ -105,14 +74,14 @@ struct Shared {
   DEVICE u32 query_empty(int warpgroup) const { return key_full(4 * STAGES + WARPGROUPS + warpgroup); }
 };
 
-DEVICE void produce(const AttentionParams& p, const Shared& shared, int tiles, int tiles_per_head) {
+DEVICE void produce(const Int8Params& p, const Shared& shared, int tiles, int tiles_per_head) {
   Ring keys, values;
   u32 query_parity = 1;
   for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
     const Tile tile = locate_tile(p, index, tiles_per_head);
-    const u8* query = p.query + (i64(tile.batch * p.heads + tile.head) * p.query_rows + tile.row) * HEAD_DIM;
-    const u8* key = p.key + i64(tile.kv_head) * p.key_blocks * kTileBytes;
-    const u8* value = p.value + i64(tile.kv_head) * p.key_blocks * kTileBytes;
+    const u8* query = p.query_codes + (i64(tile.batch * p.heads + tile.head) * p.query_rows + tile.row) * HEAD_DIM;
+    const u8* key = p.key_codes + i64(tile.kv_head) * p.key_blocks * kTileBytes;
+    const u8* value = p.value_codes + i64(tile.kv_head) * p.key_blocks * kTileBytes;
     for (int block = 0; block <= tile.key_blocks; ++block) {
       if (block < tile.key_blocks) {
         mbarrier_wait(shared.key_empty(keys.stage), keys.parity ^ 1);
@@ -140,7 +109,7 @@ DEVICE void produce(const AttentionParams& p, const Shared& shared, int tiles, i
 
 // One warpgroup's 64 rows. A thread holds rows lane / 4 and lane / 4 + 8 of its warp's 16: index 0 and 1 of the pairs.
 struct Consumer {
-  const AttentionParams& p;
+  const Int8Params& p;
   const Shared& shared;
   int warpgroup, warp, lane;
   Ring keys, values;
@@ -153,7 +122,7 @@ struct Consumer {
 #endif
   float maximum[2], row_sum[2], rescale[2], query_scale[2];
 
-  DEVICE Consumer(const AttentionParams& p, const Shared& shared)
+  DEVICE Consumer(const Int8Params& p, const Shared& shared)
       : p(p), shared(shared), warpgroup(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0)), warp(threadIdx.x / 32 % 4),
         lane(threadIdx.x % 32) {}
 
@@ -166,16 +135,13 @@ struct Consumer {
   DEVICE void wait_key() { mbarrier_wait(shared.key_full(keys.stage), keys.parity); }
 
   DEVICE void issue_qk() {
-    if (MAGIC) {
 #pragma unroll
-      for (int i = 0; i < kScores; ++i) scores[i] = kMagicBits;
-    }
+    for (int i = 0; i < kScores; ++i) scores[i] = kMagicBits;
     const u64 query = matrix_descriptor<HEAD_DIM>(shared.query(warpgroup));
     const u64 key = matrix_descriptor<HEAD_DIM>(shared.key(keys.stage));
     wgmma_fence(scores);
-    wgmma_qk<MAGIC != 0>(scores, query, key);
 #pragma unroll
-    for (int step = 1; step < HEAD_DIM / 32; ++step) wgmma_qk<true>(scores, query + step * 2, key + step * 2);
+    for (int step = 0; step < HEAD_DIM / 32; ++step) wgmma_qk(scores, query + step * 2, key + step * 2);
     wgmma_commit();
   }
 
@@ -206,11 +172,9 @@ struct Consumer {
     for (int i = 0; i < kScores; ++i) {
       const int key = first_key + i / 4 * 8 + lane % 4 * 2 + i % 2;
       const int limit = p.is_causal ? min(key_length, row + (i / 2 % 2) * 8 + 1) : key_length;
-      if (key >= limit) scores[i] = MAGIC ? 0xFF800000 : 0x80000000;
+      if (key >= limit) scores[i] = 0xFF800000;
     }
   }
-
-  DEVICE float score(int i) const { return MAGIC ? __uint_as_float(scores[i]) : float(int(scores[i])); }
 
   // Scores to weights in place (floats), the running maximum and sum, and what O must be rescaled by.
   DEVICE void softmax(float key_scale) {
@@ -221,40 +185,38 @@ struct Consumer {
       largest[0] = max(max(largest[0], int(scores[i])), int(scores[i + 1]));
       largest[1] = max(max(largest[1], int(scores[i + 2])), int(scores[i + 3]));
     }
-    float factor[2], offset[2];
+    float factor[2], offset[2], line_factor[2], line_offset[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       largest[r] = max(largest[r], __shfl_xor_sync(~0u, largest[r], 1));
       largest[r] = max(largest[r], __shfl_xor_sync(~0u, largest[r], 2));
       factor[r] = query_scale[r] * key_scale;
       if (factor[r] < 1e-35f) factor[r] = 1e-35f;  // keeps 0 * -inf away; a NaN passes
-      const float score = MAGIC ? __int_as_float(largest[r]) - kMagic : float(largest[r]);
       const float previous = maximum[r];
-      const float scaled = score * factor[r];
-      maximum[r] = scaled <= previous ? previous : scaled;
-      const float shift = maximum[r] == -kInfinity ? 0.f : maximum[r];
+      const float scaled = (__int_as_float(largest[r]) - kMagic) * factor[r];
+      maximum[r] = scaled <= previous + HEADROOM ? previous : scaled;
+      const float shift = maximum[r] == -infinity() ? 0.f : maximum[r];
       rescale[r] = exp2_approx(previous - shift);
       row_sum[r] *= rescale[r];
-      offset[r] = kLog2Stretch - shift;
-      if (MAGIC) offset[r] = fmaf(-kMagic, factor[r], offset[r]);
+      offset[r] = fmaf(-kMagic, factor[r], kLog2Stretch - shift);
+      line_factor[r] = factor[r] * kLineUnits;
+      line_offset[r] = fmaf(offset[r], kLineUnits, kLineShift);
     }
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
       const int r = i / 2 % 2;
-      const float x = fmaf(score(i), factor[r], offset[r]);
-      const float weight = (i * POLY % 16) + POLY >= 16 ? exp2_poly(x) : exp2_approx(x);
+      const float score = __uint_as_float(scores[i]);
+      const bool on_line = (i / 4 * 2 + i % 2) * LINE % 8 + LINE >= 8;
+      const float weight = on_line ? exp2_line(fmaf(score, line_factor[r], line_offset[r]))
+                                   : exp2_approx(fmaf(score, factor[r], offset[r]));
       row_sum[r] += weight;
       scores[i] = __float_as_uint(weight);
     }
   }
 
-  // 2^x on the FMA pipes, relative error 1.7e-3, which E4M3's 3 bits hide; 2^-24 is as good as zero.
-  static DEVICE float exp2_poly(float x) {
-    x = fmaxf(x, -24.f);
-    const float shifted = x + kMagic;
-    const float fraction = x - (shifted - kMagic);
-    const float mantissa = fmaf(fmaf(fraction, 0.23842561f, 0.7034462f), fraction, 1.00044322f);
-    return __uint_as_float(__float_as_uint(mantissa) + (__float_as_uint(shifted) << 23));
+  // 2^x by a straight line between powers of two (Schraudolph), within 6 %: x in fixed point has a float's bits.
+  static DEVICE float exp2_line(float fixed) {
+    return __uint_as_float(__float_as_uint(fmaxf(fixed, kLineStart)) << 9);
   }
 
   // S's accumulator layout is P's operand layout up to an order of keys that V's tiles have.
@@ -293,7 +255,7 @@ struct Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       query_scale[r] = p.query_scale[query_row + 8 * r];
-      maximum[r] = -kInfinity;
+      maximum[r] = -infinity();
       row_sum[r] = 0.f;
     }
 #pragma unroll
@@ -327,10 +289,10 @@ struct Consumer {
         // Here, so that a branch keeps the wait for P V behind the exponentials, where the assembler would hoist it.
         if (block + 1 < tile.key_blocks) wait_key();
         finish_pv(previous_rescale);
-#if !PROMOTE
+        if (!PROMOTE && __any_sync(~0u, rescale[0] != 1.f || rescale[1] != 1.f)) {
 #pragma unroll
-        for (int i = 0; i < kOutputs; ++i) output[i] *= rescale[i / 2 % 2];
-#endif
+          for (int i = 0; i < kOutputs; ++i) output[i] *= rescale[i / 2 % 2];
+        }
         pack_weights();
       }
       issue_pv();
@@ -390,7 +352,7 @@ struct Consumer {
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    int8_sm90_attention(const __grid_constant__ AttentionParams p) {
+    int8_sm90_attention(const __grid_constant__ Int8Params p) {
   extern __shared__ __align__(1024) u8 memory[];
   const Shared shared{shared_address(memory)};
   const int tiles_per_head = ceil_div(p.query_length, kRows);

@@ -1,33 +1,13 @@
 // Preparation of int8_sm90_attention.cu in two launches, bound by memory bandwidth:
-// key_value_statistics: per head and channel the mean of K and V and the largest |V - mean|; a cluster of 8 CTAs a head.
-// quantize: Q and K minus its mean to INT8, V minus its mean to E4M3 and transposed, all as images of the tiles that the
-// attention kernel copies to shared memory: rows of 128 or 64 bytes, 16-byte chunks swizzled as wgmma reads them.
+// statistics: per head and channel the mean of K and V and the largest |V - mean|; a cluster of 8 CTAs a head.
+// quantize: K minus its mean to INT8, V minus its mean to E4M3 and transposed.
+// Q to INT8 fills the GPU up beside the statistics, or comes with the second launch where it needs K's mean (for LSE).
+// All are images of the tiles that the attention kernel copies to shared memory: rows of 128 or 64 bytes, 16-byte chunks
+// swizzled as wgmma reads them.
 //
 // Compile-time: HEAD_DIM 64 | 128, to which the images are padded; KEYS of a tile; BFLOAT16 1 | 0 (float16).
 // head_dim is a multiple of 8.
-#include "sm90.cuh"
-
-struct QuantizeParams {
-  const u16* query;  // [B, H, Nq, D]; D contiguous, rows aligned to 16 bytes; strides in elements: batch, head, row
-  const u16* key;    // [B, Hkv, Nk, D]
-  const u16* value;
-  const int* key_lengths;  // [B] or null
-  u8* query_codes;         // the images and scales of AttentionParams
-  u8* key_codes;
-  u8* value_codes;
-  float* query_scale;
-  float* key_scale;
-  float* key_mean;  // [B, Hkv, HEAD_DIM]
-  float* value_scale;
-  float* value_mean;
-  int* value_error;
-  float* lse_shift;  // or null
-  i64 query_strides[3];
-  i64 key_strides[3];
-  i64 value_strides[3];
-  int batch, heads, kv_heads, query_length, key_length, head_dim, query_rows, key_blocks;
-  float softmax_scale;
-};
+#include "int8_sm90_params.cuh"
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
@@ -37,7 +17,6 @@ constexpr int kValueRowBytes = KEYS % 128 == 0 ? 128 : KEYS % 64 == 0 ? 64 : 32;
 constexpr int kClusterSize = 8;
 constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
 constexpr float kErrorUnits = 16.f;   // value_error counts sixteenths of a code unit: exact sums in any order
-constexpr float kInfinity = __builtin_huge_valf();
 
 struct Channels {
   float x[8];
@@ -60,7 +39,7 @@ DEVICE Channels unpack(uint4 raw) {
   return out;
 }
 
-DEVICE int valid_keys(const QuantizeParams& p, int batch) {
+DEVICE int valid_keys(const Int8Params& p, int batch) {
   return p.key_lengths ? max(0, min(p.key_length, p.key_lengths[batch])) : p.key_length;
 }
 
@@ -83,7 +62,7 @@ DEVICE Scale make_scale(u32 largest, float codes) {
   if (largest >= 0x7f800000) return {__uint_as_float(0x7fc00000), 0.f};
   const float absmax = __uint_as_float(largest);
   const float reciprocal = codes / absmax;
-  if (!(reciprocal < kInfinity)) return {1.f, 0.f};
+  if (!(reciprocal < infinity())) return {1.f, 0.f};
   return {absmax / codes, reciprocal};
 }
 
@@ -107,7 +86,7 @@ DEVICE int image_offset(int row, int group) {
   return row * HEAD_DIM + ((group >> 1 ^ swizzle(row, HEAD_DIM)) << 4) + (group & 1) * 8;
 }
 
-DEVICE void quantize_query(const QuantizeParams& p, int block, int batch, int head) {
+DEVICE void quantize_query(const Int8Params& p, int block, int batch, int head) {
   const int group = threadIdx.x % kGroups;
   const i64 batch_head = i64(batch) * p.heads + head;
   const u16* source = p.query + batch * p.query_strides[0] + head * p.query_strides[1] + 8 * group;
@@ -148,7 +127,7 @@ DEVICE void quantize_query(const QuantizeParams& p, int block, int batch, int he
   }
 }
 
-DEVICE void quantize_key(const QuantizeParams& p, int block, int batch, int head, u32* shared) {
+DEVICE void quantize_key(const Int8Params& p, int block, int batch, int head, u32* shared) {
   const int group = threadIdx.x % kGroups;
   const int length = valid_keys(p, batch);
   const i64 batch_head = i64(batch) * p.kv_heads + head;
@@ -200,7 +179,7 @@ DEVICE int value_offset(int row, int chunk) {
 // Order of the image's columns (keys): within each 32, column 16 h + 4 t + b is key 16 h + 8 (b / 2) + 2 t + b % 2,
 // so that a thread's accumulators of Q K^T are its A operand of P V. Order of its rows (channels): within each 32, row
 // 8 i + 2 t + e is channel 8 t + 2 i + e, so that a thread's outputs are 8 consecutive channels.
-DEVICE void quantize_value(const QuantizeParams& p, int block, int batch, int head, u32* shared) {
+DEVICE void quantize_value(const Int8Params& p, int block, int batch, int head, u32* shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   constexpr int kPairs = kGroups / 2;  // a warp reads 32 bytes of 16 tokens: two groups of 8 channels
   const int group = warp % kPairs * 2 + lane % 2;
@@ -264,27 +243,7 @@ DEVICE void quantize_value(const QuantizeParams& p, int block, int batch, int he
   for (int i = threadIdx.x; i < KEYS * HEAD_DIM / 16; i += kThreads) image[i] = reinterpret_cast<uint4*>(shared)[i];
 }
 
-// Grid: (tiles of KEYS tokens of the longer of Q and K, query heads + 2 * key heads, batch).
-extern "C" __global__ void __launch_bounds__(kThreads) int8_sm90_quantize(const __grid_constant__ QuantizeParams p) {
-  __shared__ __align__(16) u32 shared[KEYS * HEAD_DIM / 4];
-  const int block = blockIdx.x, role = blockIdx.y, batch = blockIdx.z;
-  if (role < p.heads) {
-    if (block * KEYS < p.query_rows) quantize_query(p, block, batch, role);
-  } else if (block < p.key_blocks) {
-    if (role < p.heads + p.kv_heads)
-      quantize_key(p, block, batch, role - p.heads, shared);
-    else
-      quantize_value(p, block, batch, role - p.heads - p.kv_heads, shared);
-  }
-}
-
 // ---- statistics ----------------------------------------------------------------------------------------------------
-
-DEVICE u32 cluster_rank() {
-  u32 rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
 
 DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -305,12 +264,9 @@ DEVICE float combine(int statistic, float a, float b) {
   return statistic == kValueLow ? fminf(a, b) : statistic == kValueHigh ? fmaxf(a, b) : a + b;
 }
 
-// Grid: (8, Hkv, batch) in clusters of 8.
-extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads)
-    int8_sm90_statistics(const __grid_constant__ QuantizeParams p) {
+DEVICE void gather_statistics(const Int8Params& p, int batch, int head, int rank) {
   __shared__ float partial[kStatistics][kRowsPerPass][HEAD_DIM];
   __shared__ float totals[kStatistics][HEAD_DIM];
-  const int head = blockIdx.y, batch = blockIdx.z, rank = cluster_rank();
   const int group = threadIdx.x % kGroups;
   const int length = valid_keys(p, batch);
   const u16* key = p.key + batch * p.key_strides[0] + head * p.key_strides[1] + 8 * group;
@@ -319,8 +275,8 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
 #pragma unroll
   for (int c = 0; c < 8; ++c) {
     sums[kKeySum][c] = sums[kValueSum][c] = 0.f;
-    sums[kValueLow][c] = kInfinity;
-    sums[kValueHigh][c] = -kInfinity;
+    sums[kValueLow][c] = infinity();
+    sums[kValueHigh][c] = -infinity();
   }
   const int end = 8 * group < p.head_dim ? length : 0;
 #pragma unroll 4
@@ -367,4 +323,40 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
     p.value_error[at] = 0;
   }
   cluster_sync();  // no CTA leaves while another reads its shared memory
+}
+
+// ---- launches ------------------------------------------------------------------------------------------------------
+
+DEVICE void quantize_query_block(const Int8Params& p, int index) {
+  const int blocks = ceil_div(p.query_rows, KEYS);
+  const int batch_head = index / blocks;
+  if (batch_head < p.batch * p.heads) quantize_query(p, index % blocks, batch_head / p.heads, batch_head % p.heads);
+}
+
+// Grid: 8 * B * Hkv, plus ceil(query_rows / KEYS) * B * H rounded up to whole clusters where no LSE is wanted.
+extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads)
+    int8_sm90_statistics(const __grid_constant__ Int8Params p) {
+  const int cluster = blockIdx.x / kClusterSize;
+  if (cluster < p.batch * p.kv_heads)
+    gather_statistics(p, cluster / p.kv_heads, cluster % p.kv_heads, blockIdx.x % kClusterSize);
+  else
+    quantize_query_block(p, blockIdx.x - kClusterSize * p.batch * p.kv_heads);
+}
+
+// Grid: 2 * key_blocks * B * Hkv, plus ceil(query_rows / KEYS) * B * H where LSE is wanted.
+// The last tokens first: the statistics have read them last, so that they may still be in the L2 cache.
+extern "C" __global__ void __launch_bounds__(kThreads) int8_sm90_quantize(const __grid_constant__ Int8Params p) {
+  __shared__ __align__(16) u32 shared[KEYS * HEAD_DIM / 4];
+  const int kv_heads = p.batch * p.kv_heads;
+  const int block = p.key_blocks - 1 - int(blockIdx.x) / (2 * kv_heads);
+  if (block < 0) {
+    quantize_query_block(p, blockIdx.x - 2 * kv_heads * p.key_blocks);
+    return;
+  }
+  const int role = blockIdx.x % (2 * kv_heads);
+  const int batch_head = role % kv_heads, batch = batch_head / p.kv_heads, head = batch_head % p.kv_heads;
+  if (role < kv_heads)
+    quantize_key(p, block, batch, head, shared);
+  else
+    quantize_value(p, block, batch, head, shared);
 }

@@ -12,6 +12,8 @@ using i64 = long long;
 
 DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
 
+DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
 // ---- mbarrier and bulk copy ----------------------------------------------------------------------------------------
 
 DEVICE void mbarrier_init(u32 barrier, u32 arrivals) {
@@ -70,6 +72,8 @@ DEVICE void named_barrier_arrive(u32 id, u32 threads) {
 }
 
 // ---- arithmetic ----------------------------------------------------------------------------------------------------
+
+DEVICE float infinity() { return __uint_as_float(0x7f800000); }
 
 DEVICE float exp2_approx(float x) {
   float y;
@@ -142,7 +146,7 @@ DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" :::
 
 // Overloads by accumulator: u32 arrays hold the bits of s32 (QK), float arrays f32 (PV); n registers are n * 2 columns.
 // wgmma_fence: ordinary instructions wrote the registers. wgmma_wait: at most kPending groups are still in flight.
-// wgmma_qk: accumulator (+)= A (shared) * B (shared), INT8. wgmma_pv: accumulator (+)= A (registers) * B (shared), E4M3.
+// wgmma_qk: accumulator += A (shared) * B (shared), INT8. wgmma_pv: accumulator (+)= A (registers) * B (shared), E4M3.
 #define DEFINE_REGISTER_FENCES(type, constraint, count)                                                    \
   DEVICE void wgmma_fence(type(&x)[count]) {                                                               \
     asm volatile("wgmma.fence.sync.aligned;" : ARRAY_##count(constraint, x)::"memory");                    \
@@ -156,14 +160,13 @@ DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" :::
   }
 
 #define DEFINE_WGMMA_QK(count, columns, a, b, accumulate)                                                  \
-  template <bool kAccumulate>                                                                              \
   DEVICE void wgmma_qk(u32(&d)[count], u64 query, u64 key) {                                               \
     asm volatile(                                                                                          \
         "{\n.reg .pred p;\nsetp.ne.b32 p, %" #accumulate ", 0;\n"                                          \
         "wgmma.mma_async.sync.aligned.m64n" #columns "k32.s32.s8.s8 " REGS_##count ", %" #a ", %" #b       \
         ", p;\n}\n"                                                                                        \
         : ARRAY_##count("+r", d)                                                                           \
-        : "l"(query), "l"(key), "n"(static_cast<int>(kAccumulate)));                                       \
+        : "l"(query), "l"(key), "n"(1));                                       \
   }
 
 #define DEFINE_WGMMA_PV(count, columns, a0, a1, a2, a3, b, accumulate)                                     \
