@@ -11,7 +11,6 @@
 // LINE: of every eight weights, how many come from a straight line between powers of two in place of the exponential.
 #include "int8_sm90_params.cuh"
 
-constexpr int kRows = 64 * WARPGROUPS;
 constexpr int kThreads = 128 * (WARPGROUPS + 1);
 constexpr int kQueryBytes = 64 * HEAD_DIM;
 constexpr int kTileBytes = KEYS * HEAD_DIM;  // of K, and of V
@@ -27,24 +26,53 @@ constexpr float kLineUnits = 16384.f;                     // a line's fixed poin
 constexpr float kLineStart = 8388608.f;                   // 2^23: from here on a float's lowest bit counts ones
 constexpr float kLineShift = (127.f - 0.0564f) * kLineUnits + kLineStart;  // less what the line exceeds 2^x on average
 
+// Rows of one head, 64 for each of the first `units` warpgroups, and the key blocks that they see.
 struct Tile {
-  int batch, head, kv_head, row, key_blocks, key_length;
+  int batch, head, kv_head, row, units, key_blocks, key_length;
 };
 
-DEVICE Tile locate_tile(const Int8Params& p, int index, int tiles_per_head) {
-  Tile tile;
-  const int batch_head = index / tiles_per_head;
-  int block = index % tiles_per_head;
-  if (p.is_causal) block = tiles_per_head - 1 - block;  // longest first
-  tile.batch = batch_head / p.heads;
-  tile.head = batch_head % p.heads;
-  tile.kv_head = tile.batch * p.kv_heads + tile.head / (p.heads / p.kv_heads);
-  tile.row = block * kRows;
-  tile.key_length = p.key_length;
-  if (p.key_lengths) tile.key_length = max(0, min(p.key_length, p.key_lengths[tile.batch]));
-  tile.key_blocks = ceil_div(p.is_causal ? min(tile.key_length, tile.row + kRows) : tile.key_length, KEYS);
-  return tile;
-}
+// What a thread block computes, one tile after another: in turns with the others, so that blocks at work share their keys
+// in the L2 cache, or, where turns would leave many idle in the end, an even share of all rows.
+struct Schedule {
+  const Int8Params& p;
+  int units_per_head, next, end;
+
+  DEVICE Schedule(const Int8Params& p) : p(p), units_per_head(ceil_div(p.query_length, 64)) {
+    const int heads = p.batch * p.heads;
+    next = blockIdx.x;
+    end = heads * ceil_div(units_per_head, WARPGROUPS);
+    if (p.even_shares) {
+      next = i64(heads) * units_per_head * blockIdx.x / gridDim.x;
+      end = i64(heads) * units_per_head * (blockIdx.x + 1) / gridDim.x;
+    }
+  }
+
+  DEVICE bool advance(Tile& tile) {
+    if (next >= end) return false;
+    int batch_head, unit, units = WARPGROUPS;
+    if (p.even_shares) {
+      batch_head = next / units_per_head;
+      unit = next % units_per_head;
+      units = min(units, end - next);
+    } else {
+      const int tiles = ceil_div(units_per_head, WARPGROUPS);
+      batch_head = next / tiles;
+      unit = next % tiles * WARPGROUPS;
+      if (p.is_causal) unit = (tiles - 1) * WARPGROUPS - unit;  // longest first
+    }
+    tile.units = min(units, units_per_head - unit);
+    next += p.even_shares ? tile.units : gridDim.x;
+    tile.batch = batch_head / p.heads;
+    tile.head = batch_head % p.heads;
+    tile.kv_head = tile.batch * p.kv_heads + tile.head / (p.heads / p.kv_heads);
+    tile.row = 64 * unit;
+    tile.key_length = p.key_length;
+    if (p.key_lengths) tile.key_length = max(0, min(p.key_length, p.key_lengths[tile.batch]));
+    const int seen = p.is_causal ? min(tile.key_length, tile.row + 64 * tile.units) : tile.key_length;
+    tile.key_blocks = ceil_div(seen, KEYS);
+    return true;
+  }
+};
 
 struct Ring {
   int stage = 0;
@@ -74,11 +102,12 @@ struct Shared {
   DEVICE u32 query_empty(int warpgroup) const { return key_full(4 * STAGES + WARPGROUPS + warpgroup); }
 };
 
-DEVICE void produce(const Int8Params& p, const Shared& shared, int tiles, int tiles_per_head) {
+DEVICE void produce(const Int8Params& p, const Shared& shared) {
   Ring keys, values;
-  u32 query_parity = 1;
-  for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const Tile tile = locate_tile(p, index, tiles_per_head);
+  u32 query_parities = ~0u;  // a bit for each warpgroup
+  Schedule schedule(p);
+  Tile tile;
+  while (schedule.advance(tile)) {
     const u8* query = p.query_codes + (i64(tile.batch * p.heads + tile.head) * p.query_rows + tile.row) * HEAD_DIM;
     const u8* key = p.key_codes + i64(tile.kv_head) * p.key_blocks * kTileBytes;
     const u8* value = p.value_codes + i64(tile.kv_head) * p.key_blocks * kTileBytes;
@@ -90,12 +119,12 @@ DEVICE void produce(const Int8Params& p, const Shared& shared, int tiles, int ti
         keys.advance();
       }
       if (block == 0) {
-        for (int warpgroup = 0; warpgroup < WARPGROUPS; ++warpgroup) {
-          mbarrier_wait(shared.query_empty(warpgroup), query_parity);
+        for (int warpgroup = 0; warpgroup < tile.units; ++warpgroup) {
+          mbarrier_wait(shared.query_empty(warpgroup), query_parities >> warpgroup & 1);
+          query_parities ^= 1 << warpgroup;
           mbarrier_arrive_expect_bytes(shared.query_full(warpgroup), kQueryBytes);
           bulk_load(shared.query(warpgroup), query + warpgroup * kQueryBytes, kQueryBytes, shared.query_full(warpgroup));
         }
-        query_parity ^= 1;
       } else {
         mbarrier_wait(shared.value_empty(values.stage), values.parity ^ 1);
         mbarrier_arrive_expect_bytes(shared.value_full(values.stage), kTileBytes);
@@ -248,6 +277,22 @@ struct Consumer {
     values.advance();
   }
 
+  // A warpgroup without rows lets the others go on.
+  DEVICE void skip(const Tile& tile) {
+    for (int block = 0; block < tile.key_blocks; ++block) {
+      if (PINGPONG && block > 0) {
+        named_barrier_sync(1 + warpgroup, 256);
+        named_barrier_arrive(1 + (warpgroup + 1) % WARPGROUPS, 256);
+      }
+      wait_key();
+      release(shared.key_empty(keys.stage));
+      keys.advance();
+      mbarrier_wait(shared.value_full(values.stage), values.parity);
+      release(shared.value_empty(values.stage));
+      values.advance();
+    }
+  }
+
   DEVICE void run(const Tile& tile) {
     const int row = tile.row + thread_row();
     const i64 query_row = i64(tile.batch * p.heads + tile.head) * p.query_rows + row;
@@ -355,8 +400,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     int8_sm90_attention(const __grid_constant__ Int8Params p) {
   extern __shared__ __align__(1024) u8 memory[];
   const Shared shared{shared_address(memory)};
-  const int tiles_per_head = ceil_div(p.query_length, kRows);
-  const int tiles = p.batch * p.heads * tiles_per_head;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
       mbarrier_init(shared.key_full(stage), 1);
@@ -373,11 +416,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (threadIdx.x < 128) {
     shrink_registers<kProducerRegisters>();
-    if (threadIdx.x == 0) produce(p, shared, tiles, tiles_per_head);
+    if (threadIdx.x == 0) produce(p, shared);
   } else {
     grow_registers<kConsumerRegisters>();
     Consumer consumer(p, shared);
     if (PINGPONG && consumer.warpgroup == WARPGROUPS - 1) named_barrier_arrive(1, 256);
-    for (int index = blockIdx.x; index < tiles; index += gridDim.x) consumer.run(locate_tile(p, index, tiles_per_head));
+    Schedule schedule(p);
+    Tile tile;
+    while (schedule.advance(tile)) {
+      if (consumer.warpgroup < tile.units)
+        consumer.run(tile);
+      else
+        consumer.skip(tile);
+    }
   }
 }

@@ -25,5 +25,6 @@ struct Int8Params {
   i64 output_strides[3];
   int batch, heads, kv_heads, query_length, key_length, head_dim, query_rows, key_blocks;
   int is_causal, is_bfloat16;
+  int even_shares;  // of rows for all thread blocks, rather than tiles in turns; not for causal attention
   float softmax_scale;
 };

@@ -345,7 +345,7 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
 
 // Grid: 2 * key_blocks * B * Hkv, plus ceil(query_rows / KEYS) * B * H where LSE is wanted.
 // The last tokens first: the statistics have read them last, so that they may still be in the L2 cache.
-extern "C" __global__ void __launch_bounds__(kThreads) int8_sm90_quantize(const __grid_constant__ Int8Params p) {
+extern "C" __global__ void __launch_bounds__(kThreads, 3) int8_sm90_quantize(const __grid_constant__ Int8Params p) {
   __shared__ __align__(16) u32 shared[KEYS * HEAD_DIM / 4];
   const int kv_heads = p.batch * p.kv_heads;
   const int block = p.key_blocks - 1 - int(blockIdx.x) / (2 * kv_heads);

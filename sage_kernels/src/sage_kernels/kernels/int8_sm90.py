@@ -20,6 +20,7 @@ from sage_kernels.recipes import RECIPES, Recipe
 _TARGET = "sm_90a"
 _HEAD_DIM_STEP = 8  # channels that a thread loads at once
 _CLUSTER = 8  # thread blocks that gather the statistics of one head, as in int8_sm90_quantize.cu
+_UNIT_ROWS = 64  # query rows of a warpgroup
 _ALIGNMENT = 256
 _MAX_GRID = 2**31 - 1
 
@@ -35,6 +36,7 @@ class _Parameters(ctypes.Structure):
         *((name, ctypes.c_int64 * 3) for name in ("query_strides", "key_strides", "value_strides", "output_strides")),
         *((name, ctypes.c_int32) for name in ("batch", "heads", "kv_heads", "query_length", "key_length", "head_dim")),
         *((name, ctypes.c_int32) for name in ("query_rows", "key_blocks", "is_causal", "is_bfloat16")),
+        ("even_shares", ctypes.c_int32),
         ("softmax_scale", ctypes.c_float),
     )
 
@@ -60,9 +62,12 @@ class Int8Sm90Kernel:
 
     Attributes:
         forms: how the kernel is compiled, one form per head dimension, smallest first.
+        even_share_turns: where each multiprocessor computes at most this many tiles, rows are shared out evenly, because
+            many would idle in the last turn; more tiles are taken in turns, which shares keys in the L2 cache.
     """
 
     forms: tuple[Int8Sm90Form, ...] = FORMS
+    even_share_turns: int = 16
     name: str = "int8_sm90"
     precision: Precision = "int8"
     emulated: bool = False
@@ -137,6 +142,7 @@ class Int8Sm90Kernel:
             key_blocks,
             call.is_causal,
             is_bfloat16,
+            0,
             call.scale,
         )
         attention = None
@@ -174,8 +180,12 @@ class Int8Sm90Kernel:
         parameters.output = output.data_ptr()
         parameters.lse = pointer(lse)
         parameters.output_strides = output.stride()[:3]
+        processors = _multiprocessors(state.kernel.device_index)
         blocks = shape[0] * shape[1] * -(-shape[2] // state.form.rows)
-        state.kernel.launch((min(blocks, _multiprocessors(state.kernel.device_index)), 1, 1), parameters)
+        if not parameters.is_causal and blocks <= self.even_share_turns * processors:
+            parameters.even_shares = 1
+            blocks = shape[0] * shape[1] * -(-shape[2] // _UNIT_ROWS)
+        state.kernel.launch((min(blocks, processors), 1, 1), parameters)
         return output.to(state.dtype), lse
 
     def _form(self, head_dim: int) -> Int8Sm90Form:
