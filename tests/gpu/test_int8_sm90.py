@@ -1,10 +1,12 @@
 """The INT8 kernel for sm_90a against the quantised reference with the kernel's own recipe.
 
-Bounds follow from what the two do differently. The output's own rounding is off by 1.4e-3 on average in bf16 and by an
-eighth of that in fp16. FP8 wgmma adds up with 14 bits, so each step of 32 keys may lose 2^-14, over all keys where the
-form doesn't promote and over one block where it does. Sums in another order carry about one weight in 1000 across a
-rounding boundary of E4M3. Scores are added to 1.5 * 2^23, whose product with their scale is rounded once: LSE is off by
-up to two units of the integer score.
+Bounds follow from what the two do differently.
+- The output's own rounding is off by 1.4e-3 on average in bf16 and by an eighth of that in fp16.
+- Scores are added to 1.5 * 2^23, whose product with their scale is rounded once, so that all scores of a row and key
+  block are shifted by up to one unit of the integer score. That carries a share of unit / 0.09 of the weights across a
+  rounding boundary of E4M3, each by 0.09 on average: 0.3 * sqrt(unit) in all, and LSE by up to the unit.
+- FP8 wgmma adds up with 14 bits, so each step of 32 keys may lose 2^-14, over all keys where the form doesn't promote
+  and over one block where it does.
 """
 
 import math
@@ -27,9 +29,9 @@ pytestmark = [
 ]
 
 SENTINEL = 777.0
-ROUNDING = {torch.bfloat16: 2.2e-3, torch.float16: 6e-4, torch.float32: 2.2e-3}
+ROUNDING = {torch.bfloat16: 1.6e-3, torch.float16: 2e-4, torch.float32: 1.6e-3}
 # Against exact attention on such data: E4M3 P and V cost 0.025 each, INT8 Q and K the rest.
-QUALITY = 0.045
+QUALITY = 0.05
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +80,7 @@ def form_of(head_dim, kernel):
 def largest_score_unit(call):
     """What the integer score 1 is worth, where it is worth most."""
     key = call.key.float()
-    spread = (key - key.mean(2, keepdim=True)).abs().amax() * 2
+    spread = (key - key.mean(2, keepdim=True)).abs().amax() * 2  # as much as a mean over fewer keys can add
     return (call.query.float().abs().amax() * spread / 127**2).item() * abs(call.scale)
 
 
@@ -98,12 +100,13 @@ def check(q, k, v, quality=QUALITY, kernel=KERNEL, **options):
     expected, expected_lse = quantized_attention(*rounded, kernel.recipe(call), **arguments)
     form = form_of(call.head_dim, kernel)
     steps = (form.keys if form.promote else call.key_length) / 32
+    unit = largest_score_unit(call)
     error = relative_l1(output, expected)
-    assert error < ROUNDING[q.dtype] + steps * 2**-14, error
+    assert error < ROUNDING[q.dtype] + 0.3 * math.sqrt(unit) + unit + steps * 2**-14, error
     finite = torch.isfinite(expected_lse)
     assert torch.equal(finite, torch.isfinite(lse))
     if finite.any():
-        assert (lse - expected_lse)[finite].abs().max() < 1e-3 + 2 * largest_score_unit(call)
+        assert (lse - expected_lse)[finite].abs().max() < 5e-4 + unit
     exact, _ = attention_fp32(*rounded, **arguments)
     assert relative_l1(output, exact) < quality
     return output

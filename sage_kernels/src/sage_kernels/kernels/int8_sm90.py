@@ -62,8 +62,8 @@ class Int8Sm90Kernel:
 
     Attributes:
         forms: how the kernel is compiled, one form per head dimension, smallest first.
-        even_share_turns: where each multiprocessor computes at most this many tiles, rows are shared out evenly, because
-            many would idle in the last turn; more tiles are taken in turns, which shares keys in the L2 cache.
+        even_share_turns: up to so many tiles for each multiprocessor, rows are shared out evenly, because many would idle
+            in the last turn; more tiles are taken in turns, which shares keys in the L2 cache.
     """
 
     forms: tuple[Int8Sm90Form, ...] = FORMS
