@@ -45,19 +45,19 @@ class Candidate:
 
 CANDIDATES = (
     Candidate("package", D128),
-    Candidate("in turns", D128, turns=0),
-    Candidate("no pingpong", replace(D128, pingpong=False)),
-    Candidate("line 3", replace(D128, line=3)),
-    Candidate("sum in FP8", replace(D128, promote=False)),
-    Candidate("sum in FP8, headroom 2", replace(D128, promote=False, headroom=2)),
-    Candidate("the same, line 3", replace(D128, promote=False, headroom=2, line=3)),
-    Candidate("the same, no pingpong", replace(D128, promote=False, headroom=2, line=3, pingpong=False)),
+    Candidate("turns", D128, turns=0),
+    Candidate("no-pingpong", replace(D128, pingpong=False)),
+    Candidate("line3", replace(D128, line=3)),
+    Candidate("promote1", replace(D128, promote=1, headroom=0)),
+    Candidate("promote1-sum", replace(D128, promote=1, headroom=0, ones=False)),
+    Candidate("promote1-line3", replace(D128, promote=1, headroom=0, line=3)),
     Candidate("package", D64),
-    Candidate("in turns", D64, turns=0),
-    Candidate("headroom 2", replace(D64, headroom=2)),
-    Candidate("line 3", replace(D64, line=3)),
-    Candidate("headroom 2, line 4", replace(D64, headroom=2, line=4)),
-    Candidate("2 x 64 rows, headroom 2, line 4", replace(D64, warpgroups=2, headroom=2, line=4)),
+    Candidate("turns", D64, turns=0),
+    Candidate("line3", replace(D64, line=3)),
+    Candidate("ones", replace(D64, ones=True)),
+    Candidate("promote0-line4", replace(D64, promote=0, line=4)),
+    Candidate("rows128-ones", replace(D64, warpgroups=2, ones=True)),
+    Candidate("rows128-ones-line4", replace(D64, warpgroups=2, ones=True, line=4)),
 )
 
 
@@ -68,11 +68,11 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=names, default=names)
     parser.add_argument("--seconds", type=float, default=0.1, help="time of one measurement")
     parser.add_argument("--rounds", type=int, default=2, help="measurements of each number; the median counts")
-    parser.add_argument("--package-only", action="store_true", help="only the form that the package uses")
+    parser.add_argument("--candidates", nargs="+", help="names; all where left out")
     parser.add_argument("--compile-only", action="store_true", help="fill the cache of compiled kernels and stop")
     parser.add_argument("--once", action="store_true", help="one call of each, without timing, for a profiler")
     options = parser.parse_args()
-    candidates = [candidate for candidate in CANDIDATES if candidate.name == "package" or not options.package_only]
+    candidates = [candidate for candidate in CANDIDATES if candidate.name in (options.candidates or candidate.name)]
     compile_ahead(candidates)
     if options.compile_only:
         return
@@ -148,13 +148,13 @@ def time_shape(shape: BenchmarkShape, candidates: list[Candidate], seconds: floa
             times[0].append(milliseconds(lambda kernel=kernel, state=state: kernel.run(state), seconds))
             times[1].append(milliseconds(lambda kernel=kernel: kernel.run(kernel.prepare(call)), seconds))
     speed = shape.flops / 1e9 / statistics.median(baseline)
-    print(f"{shape.name:12} {'cuDNN':32} {' ' * 17}whole {speed:5.0f} TFLOP/s", flush=True)
+    print(f"{shape.name:12} {'cuDNN':18} {' ' * 12}whole {speed:5.0f} TFLOP/s", flush=True)
     for candidate, kernel, state, times in zip(candidates, kernels, states, measured, strict=True):
         alone, whole = (statistics.median(values) for values in times)
         prepare = milliseconds(lambda kernel=kernel: kernel.prepare(call), seconds / 4)
         host = host_microseconds(lambda kernel=kernel: kernel.run(kernel.prepare(call)))
         print(
-            f"{shape.name:12} {candidate.name:32} kernel {shape.flops / 1e9 / alone:5.0f}, whole "
+            f"{shape.name:12} {candidate.name:18} kernel {shape.flops / 1e9 / alone:5.0f}, whole "
             f"{shape.flops / 1e9 / whole:5.0f} TFLOP/s; ms: kernel {alone:8.3f}, prepare {prepare:6.3f}, "
             f"whole {whole:8.3f}; host {host:3.0f} us; rel L1 {error(call, kernel.run(state)[0]):.4f}",
             flush=True,
@@ -181,7 +181,7 @@ def milliseconds(function: Callable[[], object], seconds: float) -> float:
 def host_microseconds(function: Callable[[], object]) -> float:
     """Median time until a call returns, which is before the GPU is done."""
     times = []
-    for _ in range(10):
+    for _ in range(5):
         start = time.perf_counter()
         function()
         times.append(time.perf_counter() - start)

@@ -6,7 +6,9 @@
 //
 // Compile-time: HEAD_DIM 64 | 128 (smaller ones padded), KEYS per block, STAGES of the ring, WARPGROUPS of consumers and
 // PINGPONG: two of them take turns with the tensor cores.
-// PROMOTE: FP8 wgmma accumulates with about 14 bits; P V of each key block starts at zero and is added in float32.
+// PROMOTE: FP8 wgmma accumulates with about 14 bits, so that P V of this many key blocks starts at zero and is added in
+// float32; 0 never does.
+// ONES: the row sum comes from 8 columns of ones beside V, rather than from additions.
 // HEADROOM: O is rescaled only when the row maximum has grown by more than this many powers of two.
 // LINE: of every eight weights, how many come from a straight line between powers of two in place of the exponential.
 #include "int8_sm90_params.cuh"
@@ -19,6 +21,9 @@ constexpr int kProducerRegisters = WARPGROUPS == 2 ? 24 : 32;
 constexpr int kValueRowBytes = KEYS % 128 == 0 ? 128 : KEYS % 64 == 0 ? 64 : 32;
 constexpr int kScores = KEYS / 2;     // S registers of a thread
 constexpr int kOutputs = HEAD_DIM / 2;  // O registers of a thread
+constexpr int kColumns = kOutputs + 4 * ONES;  // with the row sums: of row lane / 4 first, of 8 rows on third
+constexpr int kOnesBytes = ONES * 1024;        // behind each stage of V
+static_assert(!ONES || KEYS == 128, "8 rows of ones follow V's in one swizzled image");
 constexpr u32 kMagicBits = 0x4B400000;
 constexpr float kMagic = 12582912.f;
 constexpr float kLog2Stretch = 8.807354922f - HEADROOM;  // log2(448): the row maximum becomes E4M3's largest value
@@ -90,10 +95,10 @@ struct Shared {
   u32 base;
   static constexpr int kKey = WARPGROUPS * kQueryBytes;
   static constexpr int kValue = kKey + STAGES * kTileBytes;
-  static constexpr int kBarriers = kValue + STAGES * kTileBytes;
+  static constexpr int kBarriers = kValue + STAGES * (kTileBytes + kOnesBytes);
   DEVICE u32 query(int warpgroup) const { return base + warpgroup * kQueryBytes; }
   DEVICE u32 key(int stage) const { return base + kKey + stage * kTileBytes; }
-  DEVICE u32 value(int stage) const { return base + kValue + stage * kTileBytes; }
+  DEVICE u32 value(int stage) const { return base + kValue + stage * (kTileBytes + kOnesBytes); }
   DEVICE u32 key_full(int stage) const { return base + kBarriers + 8 * stage; }
   DEVICE u32 key_empty(int stage) const { return key_full(STAGES + stage); }
   DEVICE u32 value_full(int stage) const { return key_full(2 * STAGES + stage); }
@@ -145,9 +150,9 @@ struct Consumer {
   u32 query_parity = 0;
   u32 scores[kScores];
   u32 weights[kScores / 4];
-  float output[kOutputs];
+  float output[kColumns];
 #if PROMOTE
-  float partial[kOutputs];
+  float partial[kColumns];
 #endif
   float maximum[2], row_sum[2], rescale[2], query_scale[2];
 
@@ -174,23 +179,22 @@ struct Consumer {
     wgmma_commit();
   }
 
-  DEVICE void issue_pv() {
+  DEVICE void issue_pv(int block) {
     mbarrier_wait(shared.value_full(values.stage), values.parity);
     constexpr int kStepsPerRow = kValueRowBytes / 32;  // then the next slab of HEAD_DIM rows
     const u64 value = matrix_descriptor<kValueRowBytes>(shared.value(values.stage));
 #if PROMOTE
-    float(&target)[kOutputs] = partial;
+    float(&target)[kColumns] = partial;
+    const bool starts = block % PROMOTE == 0;
 #else
-    float(&target)[kOutputs] = output;
+    float(&target)[kColumns] = output;
+    const bool starts = false;
 #endif
     wgmma_fence(target);
 #pragma unroll
     for (int step = 0; step < KEYS / 32; ++step) {
       const int offset = step / kStepsPerRow * (kValueRowBytes * HEAD_DIM / 16) + step % kStepsPerRow * 2;
-      if (PROMOTE && step == 0)
-        wgmma_pv<false>(target, weights + 4 * step, value + offset);
-      else
-        wgmma_pv<true>(target, weights + 4 * step, value + offset);
+      wgmma_pv(target, weights + 4 * step, value + offset, !starts || step > 0);
     }
     wgmma_commit();
   }
@@ -226,7 +230,7 @@ struct Consumer {
       maximum[r] = scaled <= previous + HEADROOM ? previous : scaled;
       const float shift = maximum[r] == -infinity() ? 0.f : maximum[r];
       rescale[r] = exp2_approx(previous - shift);
-      row_sum[r] *= rescale[r];
+      if (!ONES) row_sum[r] *= rescale[r];
       offset[r] = fmaf(-kMagic, factor[r], kLog2Stretch - shift);
       line_factor[r] = factor[r] * kLineUnits;
       line_offset[r] = fmaf(offset[r], kLineUnits, kLineShift);
@@ -238,7 +242,7 @@ struct Consumer {
       const bool on_line = (i / 4 * 2 + i % 2) * LINE % 8 + LINE >= 8;
       const float weight = on_line ? exp2_line(fmaf(score, line_factor[r], line_offset[r]))
                                    : exp2_approx(fmaf(score, factor[r], offset[r]));
-      row_sum[r] += weight;
+      if (!ONES) row_sum[r] += weight;
       scores[i] = __float_as_uint(weight);
     }
   }
@@ -264,17 +268,33 @@ struct Consumer {
     }
   }
 
-  // O takes up P V of the block before, rescaled by that block's factor.
-  DEVICE void finish_pv(const float (&factor)[2]) {
+  DEVICE void finish_pv() {
 #if PROMOTE
     wgmma_wait<0>(partial);
-#pragma unroll
-    for (int i = 0; i < kOutputs; ++i) output[i] = fmaf(output[i], factor[i / 2 % 2], partial[i]);
 #else
     wgmma_wait<0>(output);
 #endif
     release(shared.value_empty(values.stage));
     values.advance();
+  }
+
+  DEVICE void promote(const float (&factor)[2]) {
+#if PROMOTE
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) output[i] = fmaf(output[i], factor[i / 2 % 2], partial[i]);
+#endif
+  }
+
+  // To the new maximum, which seldom grows.
+  DEVICE void rescale_outputs() {
+    if (!__any_sync(~0u, rescale[0] != 1.f || rescale[1] != 1.f)) return;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      output[i] *= rescale[i / 2 % 2];
+#if PROMOTE
+      partial[i] *= rescale[i / 2 % 2];
+#endif
+    }
   }
 
   // A warpgroup without rows lets the others go on.
@@ -294,6 +314,7 @@ struct Consumer {
   }
 
   DEVICE void run(const Tile& tile) {
+    constexpr float kOne[2] = {1.f, 1.f};
     const int row = tile.row + thread_row();
     const i64 query_row = i64(tile.batch * p.heads + tile.head) * p.query_rows + row;
     const float* key_scales = p.key_scale + i64(tile.kv_head) * p.key_blocks;
@@ -304,7 +325,7 @@ struct Consumer {
       row_sum[r] = 0.f;
     }
 #pragma unroll
-    for (int i = 0; i < kOutputs; ++i) output[i] = 0.f;
+    for (int i = 0; i < kColumns; ++i) output[i] = 0.f;
 
     mbarrier_wait(shared.query_full(warpgroup), query_parity);
     if (tile.key_blocks > 0) {
@@ -324,7 +345,7 @@ struct Consumer {
         float previous_rescale[2] = {rescale[0], rescale[1]};
         if (PINGPONG) named_barrier_sync(1 + warpgroup, 256);
         issue_qk();
-        issue_pv();
+        issue_pv(block - 1);
         if (PINGPONG) named_barrier_arrive(1 + (warpgroup + 1) % WARPGROUPS, 256);
         wgmma_wait<1>(scores);
         release(shared.key_empty(keys.stage));
@@ -333,15 +354,21 @@ struct Consumer {
         softmax(key_scale);
         // Here, so that a branch keeps the wait for P V behind the exponentials, where the assembler would hoist it.
         if (block + 1 < tile.key_blocks) wait_key();
-        finish_pv(previous_rescale);
-        if (!PROMOTE && __any_sync(~0u, rescale[0] != 1.f || rescale[1] != 1.f)) {
-#pragma unroll
-          for (int i = 0; i < kOutputs; ++i) output[i] *= rescale[i / 2 % 2];
+        finish_pv();
+        if (PROMOTE == 1) {
+          promote(previous_rescale);
+        } else {
+          if (block % max(PROMOTE, 1) == 0) promote(kOne);
+          rescale_outputs();
         }
         pack_weights();
       }
-      issue_pv();
-      finish_pv(rescale);
+      issue_pv(tile.key_blocks - 1);
+      finish_pv();
+      if (PROMOTE == 1)
+        promote(rescale);
+      else
+        promote(kOne);
     }
     release(shared.query_empty(warpgroup));
     query_parity ^= 1;
@@ -354,8 +381,12 @@ struct Consumer {
     float inverse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      row_sum[r] += __shfl_xor_sync(~0u, row_sum[r], 1);
-      row_sum[r] += __shfl_xor_sync(~0u, row_sum[r], 2);
+      if (ONES) {
+        row_sum[r] = output[kColumns - 4 + 2 * r];
+      } else {
+        row_sum[r] += __shfl_xor_sync(~0u, row_sum[r], 1);
+        row_sum[r] += __shfl_xor_sync(~0u, row_sum[r], 2);
+      }
       inverse[r] = row_sum[r] == 0.f ? 0.f : reciprocal_approx(row_sum[r]);
       const int query = row + 8 * r;
       if (p.lse && lane % 4 == 0 && query < p.query_length) {
@@ -412,6 +443,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(shared.query_empty(warpgroup), 4);
     }
     mbarrier_init_fence();
+  }
+  if (ONES) {
+    constexpr u32 kFourOnes = 0x38383838;  // E4M3
+    for (int i = threadIdx.x; i < STAGES * kOnesBytes / 4; i += kThreads) {
+      u8* ones = memory + Shared::kValue + i / 256 * (kTileBytes + kOnesBytes) + kTileBytes;
+      reinterpret_cast<u32*>(ones)[i % 256] = kFourOnes;
+    }
+    shared_stores_fence();
   }
   __syncthreads();
   if (threadIdx.x < 128) {

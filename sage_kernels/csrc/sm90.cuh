@@ -124,15 +124,21 @@ DEVICE u32 pack_float16(float low, float high) {
 
 #define REGS_10(a) "%" #a "0, %" #a "1, %" #a "2, %" #a "3, %" #a "4, %" #a "5, %" #a "6, %" #a "7, %" #a "8, %" #a "9"
 #define REGS_32 "{" REGS_10() ", " REGS_10(1) ", " REGS_10(2) ", %30, %31}"
+#define REGS_36 "{" REGS_10() ", " REGS_10(1) ", " REGS_10(2) ", %30, %31, %32, %33, %34, %35}"
 #define REGS_48 "{" REGS_10() ", " REGS_10(1) ", " REGS_10(2) ", " REGS_10(3) ", %40, %41, %42, %43, %44, %45, %46, %47}"
 #define REGS_64 \
   "{" REGS_10() ", " REGS_10(1) ", " REGS_10(2) ", " REGS_10(3) ", " REGS_10(4) ", " REGS_10(5) ", %60, %61, %62, %63}"
+#define REGS_68 \
+  "{" REGS_10() ", " REGS_10(1) ", " REGS_10(2) ", " REGS_10(3) ", " REGS_10(4) ", " REGS_10(5) ", %60, %61, %62, %63, " \
+  "%64, %65, %66, %67}"
 
 #define ARRAY_8(c, x, i) \
   c(x[i]), c(x[i + 1]), c(x[i + 2]), c(x[i + 3]), c(x[i + 4]), c(x[i + 5]), c(x[i + 6]), c(x[i + 7])
 #define ARRAY_32(c, x) ARRAY_8(c, x, 0), ARRAY_8(c, x, 8), ARRAY_8(c, x, 16), ARRAY_8(c, x, 24)
+#define ARRAY_36(c, x) ARRAY_32(c, x), c(x[32]), c(x[33]), c(x[34]), c(x[35])
 #define ARRAY_48(c, x) ARRAY_32(c, x), ARRAY_8(c, x, 32), ARRAY_8(c, x, 40)
 #define ARRAY_64(c, x) ARRAY_48(c, x), ARRAY_8(c, x, 48), ARRAY_8(c, x, 56)
+#define ARRAY_68(c, x) ARRAY_64(c, x), c(x[64]), c(x[65]), c(x[66]), c(x[67])
 
 // Shared-memory operand, K-major, rows of kRowBytes with the swizzle of that width; 14-bit fields in units of 16 bytes.
 template <int kRowBytes>
@@ -141,6 +147,9 @@ DEVICE u64 matrix_descriptor(u32 address) {
   constexpr u64 stride = 8 * kRowBytes >> 4;
   return (swizzle << 62) | (stride << 32) | (1ull << 16) | ((address & 0x3ffff) >> 4);
 }
+
+// Orders this thread's ordinary shared-memory stores before reads by wgmma, which a barrier must still separate.
+DEVICE void shared_stores_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
@@ -170,15 +179,14 @@ DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" :::
   }
 
 #define DEFINE_WGMMA_PV(count, columns, a0, a1, a2, a3, b, accumulate)                                     \
-  template <bool kAccumulate>                                                                              \
-  DEVICE void wgmma_pv(float(&d)[count], const u32* weights, u64 value) {                                  \
+  DEVICE void wgmma_pv(float(&d)[count], const u32* weights, u64 value, bool accumulates) {                \
     asm volatile(                                                                                          \
         "{\n.reg .pred p;\nsetp.ne.b32 p, %" #accumulate ", 0;\n"                                          \
         "wgmma.mma_async.sync.aligned.m64n" #columns "k32.f32.e4m3.e4m3 " REGS_##count ", {%" #a0 ", %" #a1 \
         ", %" #a2 ", %" #a3 "}, %" #b ", p, 1, 1;\n}\n"                                                    \
         : ARRAY_##count("+f", d)                                                                           \
         : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(value),                  \
-          "n"(static_cast<int>(kAccumulate)));                                                             \
+          "r"(static_cast<int>(accumulates)));                                                             \
   }
 
 DEFINE_REGISTER_FENCES(u32, "+r", 64)
@@ -189,5 +197,9 @@ DEFINE_REGISTER_FENCES(float, "+f", 32)
 DEFINE_WGMMA_QK(64, 128, 64, 65, 66)
 DEFINE_WGMMA_QK(48, 96, 48, 49, 50)
 DEFINE_WGMMA_QK(32, 64, 32, 33, 34)
+DEFINE_REGISTER_FENCES(float, "+f", 68)
+DEFINE_REGISTER_FENCES(float, "+f", 36)
+DEFINE_WGMMA_PV(68, 136, 68, 69, 70, 71, 72, 73)
+DEFINE_WGMMA_PV(36, 72, 36, 37, 38, 39, 40, 41)
 DEFINE_WGMMA_PV(64, 128, 64, 65, 66, 67, 68, 69)
 DEFINE_WGMMA_PV(32, 64, 32, 33, 34, 35, 36, 37)

@@ -16,8 +16,9 @@ class Int8Sm90Form:
         warpgroups: of 64 query rows each.
         stages: key blocks in flight.
         pingpong: two warpgroups take turns with the tensor cores.
-        promote: add up P V of every key block in float32, rather than with the 14 bits of FP8 wgmma.
+        promote: key blocks whose P V adds up with the 14 bits of FP8 wgmma before it is added in float32; 0 for all.
         headroom: the output is rescaled only when the row maximum has grown by more than this many powers of two.
+        ones: the row sum, then of the rounded weights, comes from columns of ones beside V rather than from additions.
         line: of every eight weights, how many come from a straight line in place of an exponential.
         keys: of a block; they share an INT8 scale.
     """
@@ -26,8 +27,9 @@ class Int8Sm90Form:
     warpgroups: int
     stages: int
     pingpong: bool
-    promote: bool
+    promote: int
     headroom: int = 0
+    ones: bool = False
     line: int = 0
     keys: int = 128
 
@@ -38,11 +40,12 @@ class Int8Sm90Form:
 
     @property
     def shared_bytes(self) -> int:
-        """Q, the rings of K and V, and their barriers."""
-        return (self.rows + 2 * self.stages * self.keys) * self.head_dim + 8 * (4 * self.stages + 2 * self.warpgroups)
+        """Q, the rings of K and V with 8 rows of ones, and their barriers."""
+        tiles = self.rows * self.head_dim + 2 * self.stages * self.keys * self.head_dim
+        return tiles + self.stages * 8 * self.keys * self.ones + 8 * (4 * self.stages + 2 * self.warpgroups)
 
 
 FORMS = (
-    Int8Sm90Form(64, warpgroups=3, stages=8, pingpong=False, promote=False),
-    Int8Sm90Form(128, warpgroups=2, stages=5, pingpong=True, promote=True),
+    Int8Sm90Form(64, warpgroups=3, stages=8, pingpong=False, promote=4, headroom=2),
+    Int8Sm90Form(128, warpgroups=2, stages=5, pingpong=True, promote=4, headroom=2, ones=True),
 )

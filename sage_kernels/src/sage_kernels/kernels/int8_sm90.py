@@ -62,8 +62,8 @@ class Int8Sm90Kernel:
 
     Attributes:
         forms: how the kernel is compiled, one form per head dimension, smallest first.
-        even_share_turns: up to so many tiles for each multiprocessor, rows are shared out evenly, because many would idle
-            in the last turn; more tiles are taken in turns, which shares keys in the L2 cache.
+        even_share_turns: up to so many tiles for each multiprocessor, rows are shared out evenly, because many would
+            idle in the last turn; more tiles are taken in turns, which shares keys in the L2 cache.
     """
 
     forms: tuple[Int8Sm90Form, ...] = FORMS
@@ -94,7 +94,7 @@ class Int8Sm90Kernel:
             RECIPES["int8"],
             key_block=form.keys,
             int8_rows=(1, form.keys),
-            quantized_row_sum=False,
+            quantized_row_sum=form.ones,
             rescale_threshold=float(form.headroom),
             linear_exp_of_8=form.line,
         )
