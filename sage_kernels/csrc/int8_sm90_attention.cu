@@ -168,9 +168,13 @@ struct Consumer {
 
   DEVICE void wait_key() { mbarrier_wait(shared.key_full(keys.stage), keys.parity); }
 
-  DEVICE void issue_qk() {
+  // Volatile, so that it comes before the turn with the tensor cores begins.
+  DEVICE void start_scores() {
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) scores[i] = kMagicBits;
+    for (int i = 0; i < kScores; ++i) asm volatile("mov.u32 %0, %1;" : "=r"(scores[i]) : "n"(kMagicBits));
+  }
+
+  DEVICE void issue_qk() {
     const u64 query = matrix_descriptor<HEAD_DIM>(shared.query(warpgroup));
     const u64 key = matrix_descriptor<HEAD_DIM>(shared.key(keys.stage));
     wgmma_fence(scores);
@@ -332,6 +336,7 @@ struct Consumer {
       const int unmasked = (p.is_causal ? min(tile.key_length, tile.row + warpgroup * 64 + 1) : tile.key_length) / KEYS;
       float key_scale = key_scales[0];
       wait_key();
+      start_scores();
       issue_qk();
       wgmma_wait<0>(scores);
       release(shared.key_empty(keys.stage));
@@ -339,6 +344,7 @@ struct Consumer {
       if (unmasked == 0) mask_scores(0, row, tile.key_length);
       softmax(key_scale);
       pack_weights();
+      start_scores();
       if (tile.key_blocks > 1) wait_key();
       for (int block = 1; block < tile.key_blocks; ++block) {
         key_scale = key_scales[block];
@@ -362,6 +368,7 @@ struct Consumer {
           rescale_outputs();
         }
         pack_weights();
+        start_scores();
       }
       issue_pv(tile.key_blocks - 1);
       finish_pv();
