@@ -120,12 +120,11 @@ def make_inputs(shape: BenchmarkShape) -> AttentionCall:
 
 
 def run_once(shape: BenchmarkShape, candidates: list[Candidate]) -> None:
-    """Each kernel twice: the first run is cold."""
+    """One call of each candidate."""
     call = make_inputs(shape)
     for candidate in candidates:
         kernel = Int8Sm90Kernel((candidate.form,), candidate.turns)
-        for _ in range(2):
-            kernel.run(kernel.prepare(call))
+        kernel.run(kernel.prepare(call))
     torch.cuda.synchronize()
 
 

@@ -28,6 +28,7 @@ _LARGEST_POWER = 126  # its reciprocal is a normal float32 too
 # average, in 1/8192.
 _E2M1_LINE_OFFSET = 530
 _MEAN_LINE_OFFSET = 462
+_LINE_RANGE = 20.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,10 +323,11 @@ def _exp2(powers: Tensor, recipe: Recipe) -> Tensor:
         return powers.exp2()
     key = torch.arange(powers.shape[-1], device=powers.device)
     is_linear = (key // 8 * 2 + key % 2) * recipe.linear_exp_of_8 % 8 + recipe.linear_exp_of_8 >= 8
+    is_linear = is_linear & (powers > -_LINE_RANGE)  # a masked weight stays 0
     return torch.where(is_linear, _line_exp2(powers, _MEAN_LINE_OFFSET), powers.exp2())
 
 
 def _line_exp2(power: Tensor, offset: int) -> Tensor:
     """2^power by a straight line between powers of two: power in fixed point is the bits of a float32 (Schraudolph)."""
-    fixed = torch.round(power.clamp(-20.0, 20.0) * 8192).int() + (127 * 8192 - offset)
+    fixed = torch.round(power.clamp(-_LINE_RANGE, _LINE_RANGE) * 8192).int() + (127 * 8192 - offset)
     return (fixed << 10).view(torch.float32)
