@@ -286,7 +286,7 @@ def test_line_exponentials_leave_masked_rows_empty():
     q, k, v = qkv(keys=40)
     mask = torch.ones(q.shape[2], 40, dtype=torch.bool)
     mask[7] = False
-    recipe = Recipe("int8", "fp8", linear_exp_of_8=4, quantized_row_sum=False)
+    recipe = Recipe("int8", "fp8", smooth_v=True, linear_exp_of_8=4, quantized_row_sum=False)
     output, lse = quantized_attention(q, k, v, recipe, attn_mask=mask)
     assert not output[:, :, 7].any()
     assert (lse[:, :, 7] == -torch.inf).all()
