@@ -4,14 +4,13 @@
 // groups in flight: Q K^T of the next key block and P V of the current one, under which it computes the softmax.
 // S accumulates on top of 0x4B400000, so that its bits are the float 12582912 + S and need no conversion.
 //
-// Compile-time: HEAD_DIM 64 | 128 (smaller ones padded), KEYS per block, STAGES of the ring, WARPGROUPS of consumers and
-// PINGPONG: two of them take turns with the tensor cores.
-// PROMOTE: FP8 wgmma accumulates with about 14 bits, so that P V of this many key blocks starts at zero and is added in
-// float32; 0 never does.
-// ONES: the row sum comes from 8 columns of ones beside V, rather than from additions.
-// HEADROOM: O is rescaled only when the row maximum has grown by more than this many powers of two.
-// LINE: of every eight weights, how many come from a straight line between powers of two in place of the exponential.
-#include "int8_sm90_params.cuh"
+// Compile-time: HEAD_DIM 64 | 128 (smaller ones padded), KEYS per block, STAGES of the ring, WARPGROUPS of consumers
+// and PINGPONG: two of them take turns with the tensor cores. PROMOTE: FP8 wgmma accumulates with about 14 bits, so
+// that P V of this many key blocks starts at zero and is added in float32; 0 never does. ONES: the row sum comes from 8
+// columns of ones beside V, rather than from additions. HEADROOM: O is rescaled only when the row maximum has grown by
+// more than this many powers of two. LINE: of every eight weights, how many come from a straight line between powers of
+// two in place of the exponential.
+#include "int8_sm90_schedule.cuh"
 
 constexpr int kThreads = 128 * (WARPGROUPS + 1);
 constexpr int kQueryBytes = 64 * HEAD_DIM;
@@ -19,65 +18,17 @@ constexpr int kTileBytes = KEYS * HEAD_DIM;  // of K, and of V
 constexpr int kConsumerRegisters = WARPGROUPS == 2 ? 240 : 160;
 constexpr int kProducerRegisters = WARPGROUPS == 2 ? 24 : 32;
 constexpr int kValueRowBytes = KEYS % 128 == 0 ? 128 : KEYS % 64 == 0 ? 64 : 32;
-constexpr int kScores = KEYS / 2;     // S registers of a thread
-constexpr int kOutputs = HEAD_DIM / 2;  // O registers of a thread
+constexpr int kScores = KEYS / 2;              // S registers of a thread
+constexpr int kOutputs = HEAD_DIM / 2;         // O registers of a thread
 constexpr int kColumns = kOutputs + 4 * ONES;  // with the row sums: of row lane / 4 first, of 8 rows on third
 constexpr int kOnesBytes = ONES * 1024;        // behind each stage of V
 static_assert(!ONES || KEYS == 128, "8 rows of ones follow V's in one swizzled image");
 constexpr u32 kMagicBits = 0x4B400000;
 constexpr float kMagic = 12582912.f;
 constexpr float kLog2Stretch = 8.807354922f - HEADROOM;  // log2(448): the row maximum becomes E4M3's largest value
-constexpr float kLineUnits = 16384.f;                     // a line's fixed point
-constexpr float kLineStart = 8388608.f;                   // 2^23: from here on a float's lowest bit counts ones
+constexpr float kLineUnits = 16384.f;                    // a line's fixed point
+constexpr float kLineStart = 8388608.f;                  // 2^23: from here on a float's lowest bit counts ones
 constexpr float kLineShift = (127.f - 0.0564f) * kLineUnits + kLineStart;  // less what the line exceeds 2^x on average
-
-// Rows of one head, 64 for each of the first `units` warpgroups, and the key blocks that they see.
-struct Tile {
-  int batch, head, kv_head, row, units, key_blocks, key_length;
-};
-
-// What a thread block computes, one tile after another: in turns with the others, so that blocks at work share their keys
-// in the L2 cache, or, where turns would leave many idle in the end, an even share of all rows.
-struct Schedule {
-  const Int8Params& p;
-  int units_per_head, next, end;
-
-  DEVICE Schedule(const Int8Params& p) : p(p), units_per_head(ceil_div(p.query_length, 64)) {
-    const int heads = p.batch * p.heads;
-    next = blockIdx.x;
-    end = heads * ceil_div(units_per_head, WARPGROUPS);
-    if (p.even_shares) {
-      next = i64(heads) * units_per_head * blockIdx.x / gridDim.x;
-      end = i64(heads) * units_per_head * (blockIdx.x + 1) / gridDim.x;
-    }
-  }
-
-  DEVICE bool advance(Tile& tile) {
-    if (next >= end) return false;
-    int batch_head, unit, units = WARPGROUPS;
-    if (p.even_shares) {
-      batch_head = next / units_per_head;
-      unit = next % units_per_head;
-      units = min(units, end - next);
-    } else {
-      const int tiles = ceil_div(units_per_head, WARPGROUPS);
-      batch_head = next / tiles;
-      unit = next % tiles * WARPGROUPS;
-      if (p.is_causal) unit = (tiles - 1) * WARPGROUPS - unit;  // longest first
-    }
-    tile.units = min(units, units_per_head - unit);
-    next += p.even_shares ? tile.units : gridDim.x;
-    tile.batch = batch_head / p.heads;
-    tile.head = batch_head % p.heads;
-    tile.kv_head = tile.batch * p.kv_heads + tile.head / (p.heads / p.kv_heads);
-    tile.row = 64 * unit;
-    tile.key_length = p.key_length;
-    if (p.key_lengths) tile.key_length = max(0, min(p.key_length, p.key_lengths[tile.batch]));
-    const int seen = p.is_causal ? min(tile.key_length, tile.row + 64 * tile.units) : tile.key_length;
-    tile.key_blocks = ceil_div(seen, KEYS);
-    return true;
-  }
-};
 
 struct Ring {
   int stage = 0;
@@ -90,7 +41,8 @@ struct Ring {
   }
 };
 
-// Shared memory: Q [WARPGROUPS], K ring, V ring, barriers. Swizzles repeat every 1024 bytes, so tiles start at multiples.
+// Shared memory: Q [WARPGROUPS], K ring, V ring, barriers. Swizzles repeat every 1024 bytes, so tiles start at
+// multiples.
 struct Shared {
   u32 base;
   static constexpr int kKey = WARPGROUPS * kQueryBytes;
@@ -128,7 +80,8 @@ DEVICE void produce(const Int8Params& p, const Shared& shared) {
           mbarrier_wait(shared.query_empty(warpgroup), query_parities >> warpgroup & 1);
           query_parities ^= 1 << warpgroup;
           mbarrier_arrive_expect_bytes(shared.query_full(warpgroup), kQueryBytes);
-          bulk_load(shared.query(warpgroup), query + warpgroup * kQueryBytes, kQueryBytes, shared.query_full(warpgroup));
+          bulk_load(shared.query(warpgroup), query + warpgroup * kQueryBytes, kQueryBytes,
+                    shared.query_full(warpgroup));
         }
       } else {
         mbarrier_wait(shared.value_empty(values.stage), values.parity ^ 1);
@@ -157,7 +110,10 @@ struct Consumer {
   float maximum[2], row_sum[2], rescale[2], query_scale[2];
 
   DEVICE Consumer(const Int8Params& p, const Shared& shared)
-      : p(p), shared(shared), warpgroup(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0)), warp(threadIdx.x / 32 % 4),
+      : p(p),
+        shared(shared),
+        warpgroup(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0)),
+        warp(threadIdx.x / 32 % 4),
         lane(threadIdx.x % 32) {}
 
   DEVICE int thread_row() const { return warpgroup * 64 + warp * 16 + lane / 4; }
@@ -188,10 +144,10 @@ struct Consumer {
     constexpr int kStepsPerRow = kValueRowBytes / 32;  // then the next slab of HEAD_DIM rows
     const u64 value = matrix_descriptor<kValueRowBytes>(shared.value(values.stage));
 #if PROMOTE
-    float(&target)[kColumns] = partial;
+    float (&target)[kColumns] = partial;
     const bool starts = block % PROMOTE == 0;
 #else
-    float(&target)[kColumns] = output;
+    float (&target)[kColumns] = output;
     const bool starts = false;
 #endif
     wgmma_fence(target);
@@ -252,9 +208,7 @@ struct Consumer {
   }
 
   // 2^x by a straight line between powers of two (Schraudolph), within 6 %: x in fixed point has a float's bits.
-  static DEVICE float exp2_line(float fixed) {
-    return __uint_as_float(__float_as_uint(fmaxf(fixed, kLineStart)) << 9);
-  }
+  static DEVICE float exp2_line(float fixed) { return __uint_as_float(__float_as_uint(fmaxf(fixed, kLineStart)) << 9); }
 
   // S's accumulator layout is P's operand layout up to an order of keys that V's tiles have.
   DEVICE void pack_weights() {
@@ -265,9 +219,8 @@ struct Consumer {
         const u32* s = scores + i + 2 * r;
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          weights[i / 4 + r + 2 * half] =
-              pack_e4m3(__uint_as_float(s[8 * half]), __uint_as_float(s[8 * half + 1]),
-                        __uint_as_float(s[8 * half + 4]), __uint_as_float(s[8 * half + 5]));
+          weights[i / 4 + r + 2 * half] = pack_e4m3(__uint_as_float(s[8 * half]), __uint_as_float(s[8 * half + 1]),
+                                                    __uint_as_float(s[8 * half + 4]), __uint_as_float(s[8 * half + 5]));
       }
     }
   }
@@ -428,14 +381,14 @@ struct Consumer {
         }
         const i64 at = tile.batch * p.output_strides[0] + tile.head * p.output_strides[1] +
                        (row + 8 * r) * p.output_strides[2] + channel;
-        *reinterpret_cast<uint4*>(static_cast<u16*>(p.output) + at) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+        *reinterpret_cast<uint4*>(static_cast<u16*>(p.output) + at) =
+            make_uint4(packed[0], packed[1], packed[2], packed[3]);
       }
     }
   }
 };
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    int8_sm90_attention(const __grid_constant__ Int8Params p) {
+extern "C" __global__ void __launch_bounds__(kThreads, 1) int8_sm90_attention(const __grid_constant__ Int8Params p) {
   extern __shared__ __align__(1024) u8 memory[];
   const Shared shared{shared_address(memory)};
   if (threadIdx.x == 0) {

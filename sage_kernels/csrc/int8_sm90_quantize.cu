@@ -2,8 +2,8 @@
 // statistics: per head and channel the mean of K and V and the largest |V - mean|; a cluster of 8 CTAs a head.
 // quantize: K minus its mean to INT8, V minus its mean to E4M3 and transposed.
 // Q to INT8 fills the GPU up beside the statistics, or comes with the second launch where it needs K's mean (for LSE).
-// All are images of the tiles that the attention kernel copies to shared memory: rows of 128 or 64 bytes, 16-byte chunks
-// swizzled as wgmma reads them.
+// All are images of the tiles that the attention kernel copies to shared memory: rows of 128 or 64 bytes, 16-byte
+// chunks swizzled as wgmma reads them.
 //
 // Compile-time: HEAD_DIM 64 | 128, to which the images are padded; KEYS of a tile; BFLOAT16 1 | 0 (float16).
 // head_dim is a multiple of 8.
@@ -11,7 +11,7 @@
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kGroups = HEAD_DIM / 8;     // a thread handles 8 channels: 16 bytes
+constexpr int kGroups = HEAD_DIM / 8;  // a thread handles 8 channels: 16 bytes
 constexpr int kRowsPerPass = kThreads / kGroups;
 constexpr int kValueRowBytes = KEYS % 128 == 0 ? 128 : KEYS % 64 == 0 ? 64 : 32;
 constexpr int kClusterSize = 8;
@@ -72,8 +72,10 @@ DEVICE uint2 pack_int8(const Channels& v, float reciprocal) {
 #pragma unroll
   for (int c = 0; c < 8; ++c) rounded[c] = __float_as_uint(fmaf(v.x[c], reciprocal, kMagic));
   uint2 packed;
-  packed.x = __byte_perm(__byte_perm(rounded[0], rounded[1], 0x0040), __byte_perm(rounded[2], rounded[3], 0x0040), 0x5410);
-  packed.y = __byte_perm(__byte_perm(rounded[4], rounded[5], 0x0040), __byte_perm(rounded[6], rounded[7], 0x0040), 0x5410);
+  packed.x =
+      __byte_perm(__byte_perm(rounded[0], rounded[1], 0x0040), __byte_perm(rounded[2], rounded[3], 0x0040), 0x5410);
+  packed.y =
+      __byte_perm(__byte_perm(rounded[4], rounded[5], 0x0040), __byte_perm(rounded[6], rounded[7], 0x0040), 0x5410);
   return packed;
 }
 
@@ -173,7 +175,8 @@ DEVICE void quantize_key(const Int8Params& p, int block, int batch, int head, u3
 DEVICE int value_offset(int row, int chunk) {
   constexpr int kChunks = kValueRowBytes / 16;
   const int slab = chunk / kChunks;
-  return slab * HEAD_DIM * kValueRowBytes + row * kValueRowBytes + ((chunk % kChunks ^ swizzle(row, kValueRowBytes)) << 4);
+  return slab * HEAD_DIM * kValueRowBytes + row * kValueRowBytes +
+         ((chunk % kChunks ^ swizzle(row, kValueRowBytes)) << 4);
 }
 
 // Order of the image's columns (keys): within each 32, column 16 h + 4 t + b is key 16 h + 8 (b / 2) + 2 t + b % 2,
@@ -217,7 +220,8 @@ DEVICE void quantize_value(const Int8Params& p, int block, int batch, int head, 
         u16 pair;
         float rounded_a, rounded_b;
         asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(b), "f"(a));
-        asm("{\n.reg .b32 halves;\n.reg .b16 low, high;\ncvt.rn.f16x2.e4m3x2 halves, %2;\nmov.b32 {low, high}, halves;\n"
+        asm("{\n.reg .b32 halves;\n.reg .b16 low, high;\ncvt.rn.f16x2.e4m3x2 halves, %2;\nmov.b32 {low, high}, "
+            "halves;\n"
             "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}\n"
             : "=f"(rounded_a), "=f"(rounded_b)
             : "h"(pair));
@@ -235,7 +239,8 @@ DEVICE void quantize_value(const Int8Params& p, int block, int batch, int head, 
   for (int c = 0; c < 8; ++c) {
 #pragma unroll
     for (int other = 2; other < 32; other *= 2) error[c] += __shfl_xor_sync(~0u, error[c], other);
-    if (lane < 2) atomicAdd(p.value_error + batch_head * HEAD_DIM + 8 * group + c, __float2int_rn(error[c] * kErrorUnits));
+    if (lane < 2)
+      atomicAdd(p.value_error + batch_head * HEAD_DIM + 8 * group + c, __float2int_rn(error[c] * kErrorUnits));
   }
   __syncthreads();
   uint4* image = reinterpret_cast<uint4*>(p.value_codes + (batch_head * p.key_blocks + block) * KEYS * HEAD_DIM);
@@ -251,10 +256,11 @@ DEVICE void cluster_sync() {
 
 DEVICE float load_from_cta(const float* pointer, u32 rank) {
   float x;
-  asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %1, %2;\nld.shared::cluster.f32 %0, [remote];\n}\n"
-               : "=f"(x)
-               : "r"(shared_address(pointer)), "r"(rank)
-               : "memory");
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %1, %2;\nld.shared::cluster.f32 %0, [remote];\n}\n"
+      : "=f"(x)
+      : "r"(shared_address(pointer)), "r"(rank)
+      : "memory");
   return x;
 }
 

@@ -46,9 +46,10 @@ DEVICE void mbarrier_wait(u32 barrier, u32 parity) {
 
 // Global to shared; both addresses and `bytes` are multiples of 16. Completes on the barrier's expected bytes.
 DEVICE void bulk_load(u32 destination, const void* source, u32 bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
-               "l"(__cvta_generic_to_global(source)), "r"(bytes), "r"(barrier)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
+      "l"(__cvta_generic_to_global(source)), "r"(bytes), "r"(barrier)
+      : "memory");
 }
 
 // ---- roles ---------------------------------------------------------------------------------------------------------
@@ -125,9 +126,11 @@ DEVICE u32 pack_float16(float low, float high) {
 #define REGS_10(a) "%" #a "0, %" #a "1, %" #a "2, %" #a "3, %" #a "4, %" #a "5, %" #a "6, %" #a "7, %" #a "8, %" #a "9"
 #define REGS_32 "{" REGS_10() ", " REGS_10(1) ", " REGS_10(2) ", %30, %31}"
 #define REGS_36 "{" REGS_10() ", " REGS_10(1) ", " REGS_10(2) ", %30, %31, %32, %33, %34, %35}"
-#define REGS_48 "{" REGS_10() ", " REGS_10(1) ", " REGS_10(2) ", " REGS_10(3) ", %40, %41, %42, %43, %44, %45, %46, %47}"
-#define REGS_64 \
-  "{" REGS_10() ", " REGS_10(1) ", " REGS_10(2) ", " REGS_10(3) ", " REGS_10(4) ", " REGS_10(5) ", %60, %61, %62, %63}"
+#define REGS_48 \
+  "{" REGS_10() ", " REGS_10(1) ", " REGS_10(2) ", " REGS_10(3) ", %40, %41, %42, %43, %44, %45, %46, %47}"
+#define REGS_64                                                                                                     \
+  "{" REGS_10() ", " REGS_10(1) ", " REGS_10(2) ", " REGS_10(3) ", " REGS_10(4) ", " REGS_10(5) ", %60, %61, %62, " \
+                                                                                                "%63}"
 #define REGS_68 \
   "{" REGS_10() ", " REGS_10(1) ", " REGS_10(2) ", " REGS_10(3) ", " REGS_10(4) ", " REGS_10(5) ", %60, %61, %62, %63, " \
   "%64, %65, %66, %67}"
@@ -156,37 +159,37 @@ DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" :::
 // Overloads by accumulator: u32 arrays hold the bits of s32 (QK), float arrays f32 (PV); n registers are n * 2 columns.
 // wgmma_fence: ordinary instructions wrote the registers. wgmma_wait: at most kPending groups are still in flight.
 // wgmma_qk: accumulator += A (shared) * B (shared), INT8. wgmma_pv: accumulator (+)= A (registers) * B (shared), E4M3.
-#define DEFINE_REGISTER_FENCES(type, constraint, count)                                                    \
-  DEVICE void wgmma_fence(type(&x)[count]) {                                                               \
-    asm volatile("wgmma.fence.sync.aligned;" : ARRAY_##count(constraint, x)::"memory");                    \
-  }                                                                                                        \
-  template <int kPending>                                                                                  \
-  DEVICE void wgmma_wait(type(&x)[count]) {                                                                \
-    asm volatile("wgmma.wait_group.sync.aligned %" #count ";"                                              \
-                 : ARRAY_##count(constraint, x)                                                            \
-                 : "n"(kPending)                                                                           \
-                 : "memory");                                                                              \
+#define DEFINE_REGISTER_FENCES(type, constraint, count)                                 \
+  DEVICE void wgmma_fence(type(&x)[count]) {                                            \
+    asm volatile("wgmma.fence.sync.aligned;" : ARRAY_##count(constraint, x)::"memory"); \
+  }                                                                                     \
+  template <int kPending>                                                               \
+  DEVICE void wgmma_wait(type(&x)[count]) {                                             \
+    asm volatile("wgmma.wait_group.sync.aligned %" #count ";"                           \
+                 : ARRAY_##count(constraint, x)                                         \
+                 : "n"(kPending)                                                        \
+                 : "memory");                                                           \
   }
 
-#define DEFINE_WGMMA_QK(count, columns, a, b, accumulate)                                                  \
-  DEVICE void wgmma_qk(u32(&d)[count], u64 query, u64 key) {                                               \
-    asm volatile(                                                                                          \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %" #accumulate ", 0;\n"                                          \
-        "wgmma.mma_async.sync.aligned.m64n" #columns "k32.s32.s8.s8 " REGS_##count ", %" #a ", %" #b       \
-        ", p;\n}\n"                                                                                        \
-        : ARRAY_##count("+r", d)                                                                           \
-        : "l"(query), "l"(key), "n"(1));                                       \
+#define DEFINE_WGMMA_QK(count, columns, a, b, accumulate)                                                     \
+  DEVICE void wgmma_qk(u32(&d)[count], u64 query, u64 key) {                                                  \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #accumulate                                             \
+                 ", 0;\n"                                                                                     \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k32.s32.s8.s8 " REGS_##count ", %" #a ", %" #b \
+                                                                                            ", p;\n}\n"       \
+                 : ARRAY_##count("+r", d)                                                                     \
+                 : "l"(query), "l"(key), "n"(1));                                                             \
   }
 
-#define DEFINE_WGMMA_PV(count, columns, a0, a1, a2, a3, b, accumulate)                                     \
-  DEVICE void wgmma_pv(float(&d)[count], const u32* weights, u64 value, bool accumulates) {                \
-    asm volatile(                                                                                          \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %" #accumulate ", 0;\n"                                          \
-        "wgmma.mma_async.sync.aligned.m64n" #columns "k32.f32.e4m3.e4m3 " REGS_##count ", {%" #a0 ", %" #a1 \
-        ", %" #a2 ", %" #a3 "}, %" #b ", p, 1, 1;\n}\n"                                                    \
-        : ARRAY_##count("+f", d)                                                                           \
-        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(value),                  \
-          "r"(static_cast<int>(accumulates)));                                                             \
+#define DEFINE_WGMMA_PV(count, columns, a0, a1, a2, a3, b, accumulate)                             \
+  DEVICE void wgmma_pv(float (&d)[count], const u32* weights, u64 value, bool accumulates) {       \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #accumulate                                  \
+                 ", 0;\n"                                                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k32.f32.e4m3.e4m3 " REGS_##count    \
+                 ", {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", p, 1, 1;\n}\n"              \
+                 : ARRAY_##count("+f", d)                                                          \
+                 : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(value), \
+                   "r"(static_cast<int>(accumulates)));                                            \
   }
 
 DEFINE_REGISTER_FENCES(u32, "+r", 64)
