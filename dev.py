@@ -24,7 +24,7 @@ MODULES = {
         DEMO := ["torch", "diffusers", "safetensors", "PIL", "tqdm", "skimage", "matplotlib", "jinja2", "websocket"]
     ),
     "train": [*DEMO, "sklearn"],
-    "test": [*DEMO, "pytest", "ml_dtypes", "hypothesis", "ruff", "mypy"],
+    "test": [*DEMO, "pytest", "ml_dtypes", "hypothesis", "ruff", "mypy", "clang_format"],
 }
 COMFYUI_OPTIONS = {
     "--comfyui-root": "demo and test: a ComfyUI checkout to run in as well",
@@ -109,9 +109,10 @@ def test(python: Path, rest: list[str]) -> int:
     run(python, "-m", "ruff", "check", ".")
     run(python, "-m", "ruff", "format", "--check", ".")
     run(python, "-m", "mypy")
-    sources = [path for pattern in ("*.cu", "*.cuh", "*.h") for path in (KERNEL_PROJECT / "csrc").rglob(pattern)]
-    if sources:
-        run(python, "-m", "clang_format", "--dry-run", "--Werror", *sources)
+    folders = (KERNEL_PROJECT / "csrc", ROOT / "tests" / "kernels")
+    sources = [path for folder in folders for pattern in ("*.cu", "*.cuh") for path in folder.rglob(pattern)]
+    # The package has no __main__.
+    run(python, "-c", "import clang_format; clang_format.clang_format()", "--dry-run", "--Werror", *sources)
     os.chdir(ROOT)
     return hand_over(python, "pytest", rest, environment())
 

@@ -1,9 +1,6 @@
 """The node Sage3Doctor."""
 
-import platform
 import re
-import shutil
-import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
@@ -68,7 +65,6 @@ def report(model: Any, kernels: ModuleType) -> str:
         "Versions": [
             f"ComfyUI {_comfyui_version()}, Sage3 pack {_pack_version()}, "
             f"sage_kernels {kernels.__version__} from {package_folder}",
-            f"GPU driver {_driver_version()}, {platform.platform()}",
             *_neighbours(),
         ],
         "What this machine runs": doctor().splitlines(),
@@ -111,18 +107,6 @@ def _comfyui_version() -> str:
 def _pack_version() -> str:
     match = re.search(r'^version = "([^"]+)"', (PACK_ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     return match[1] if match else "of unknown version"
-
-
-def _driver_version() -> str:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return "unknown (no nvidia-smi)"
-    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"unknown (nvidia-smi: {type(error).__name__})"
-    return ", ".join(dict.fromkeys(answer.split()))
 
 
 def _neighbours() -> list[str]:

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from sage_kernels.cubin_cache import CubinCache
+from sage_kernels.kernel_sources import source_folder
+from sage_kernels.kernel_variants import VARIANTS
 from sage_kernels.nvrtc import Nvrtc, find_libraries
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +58,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--comfyui-python", metavar="FILE", help="interpreter that has ComfyUI's requirements; default: this one"
     )
     parser.addoption("--screenshots", metavar="DIR", help="where browser tests save the pictures of the documentation")
+    parser.addoption("--write-evidence", metavar="DIR", help="where tests/gpu writes FAMILY.json")
+    parser.addoption("--evidence-commit", metavar="HASH", default="", help="the commit, where there is no git checkout")
     if "--comfyui-root" in sys.argv:
         # pytest reads paths before it knows this option, and would load the tests of the checkout.
         raise pytest.UsageError("write --comfyui-root=DIR, with an equals sign")
@@ -94,6 +100,17 @@ def nvrtc_12_8(tool: Callable[[str], ModuleType]) -> Nvrtc:
         pytest.skip(f"NVIDIA publishes no NVRTC for {sys.platform}")
     (library,) = find_libraries([compilers.install(compilers.NVRTC_12_8).as_posix()])
     return Nvrtc(library)
+
+
+@pytest.fixture(scope="session")
+def built_cubins(tool: Callable[[str], ModuleType]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Manifest and files of one build of all variants, for every test that looks at cubins."""
+    pytest.importorskip("tomllib", reason="building needs Python 3.11")
+    if not tool("pinned_compilers").available():
+        pytest.skip(f"NVIDIA publishes no NVRTC for {sys.platform}")
+    builder = tool("build_cubins")
+    files = builder.build(VARIANTS, source_folder(), CubinCache(builder.CACHE))
+    return json.loads(files["manifest.json"]), files
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,12 @@ import hashlib
 import json
 import logging
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from example_kernel import SOURCES, VARIANT, Parameters
 from fake_cuda import FakeCuda
 from sage_kernels import cubin_loader
 from sage_kernels.cubin_cache import CubinCache
@@ -18,31 +18,6 @@ from sage_kernels.cubin_loader import KernelLoader, check_driver, load_kernel
 from sage_kernels.cubin_manifest import CubinManifest
 from sage_kernels.driver import Driver, KernelLoadError
 from sage_kernels.kernel_sources import collect_sources, source_hashes
-from sage_kernels.kernel_variants import KernelVariant
-
-SOURCES = Path(__file__).parent / "kernels"
-VARIANT = KernelVariant(
-    family="scaled_copy",
-    source="scaled_copy.cu",
-    entry="scaled_copy",
-    defines=(("TEST_FACTOR", 3), ("TEST_SHARED_BYTES", 65536)),
-    head_dim=64,
-    causal=False,
-    mask="none",
-    dtype="any",
-    threads=128,
-    shared_bytes=65536,
-    archs=("sm_120a",),
-)
-
-
-class Parameters(ctypes.Structure):
-    _fields_ = (
-        ("source", ctypes.c_void_p),
-        ("destination", ctypes.c_void_p),
-        ("count", ctypes.c_uint32),
-        ("scale", ctypes.c_float),
-    )
 
 
 class FakeCompiler:
@@ -50,6 +25,7 @@ class FakeCompiler:
 
     def __init__(self, version=(12, 8)):
         self.version = version
+        self.name = "NVRTC of a test"
         self.calls = []
 
     def compile(self, name, source, headers, options):
@@ -162,7 +138,7 @@ def test_emulation_is_never_a_cubin_of_the_wheel(machine):
 
 
 def test_other_architectures_are_refused_without_emulation(machine):
-    with pytest.raises(KernelLoadError, match="scaled_copy_d64 is made for sm_120a, not for sm_90a"):
+    with pytest.raises(KernelLoadError, match="scaled_copy_d64 is made for sm_120a, sm_121a, not for sm_90a"):
         machine.load(arch="sm_90a")
 
 
@@ -272,3 +248,27 @@ def test_machines_without_a_driver_say_so(monkeypatch):
     monkeypatch.setattr("sage_kernels.driver._LIBRARY", "libno_such_driver.so.1")
     with pytest.raises(KernelLoadError, match=r"no CUDA driver: .*libno_such_driver.*install the driver"):
         cubin_loader.cuda_driver.__wrapped__()
+
+
+def test_the_origin_of_a_kernel_is_told_without_loading_it(machine):
+    loader = KernelLoader(
+        Driver(machine.cuda), machine.csrc, CubinManifest(machine.cubins), machine.cache, lambda arch: machine.compiler
+    )
+    assert loader.origin(VARIANT, "sm_120a") == "compiled at first use, by NVRTC of a test"
+    with pytest.raises(KernelLoadError, match="not for sm_90a"):
+        loader.origin(VARIANT, "sm_90a")
+    add_cubin(machine)
+    loader = KernelLoader(Driver(machine.cuda), machine.csrc, CubinManifest(machine.cubins), machine.cache)
+    assert loader.origin(VARIANT, "sm_120a") == "ready in the package, by NVRTC 12.8"
+    assert machine.compiler.calls == []
+    assert machine.cuda.count("cuModuleLoadData") == 0
+
+
+def test_what_keeps_a_kernel_from_loading_is_told(monkeypatch):
+    def no_driver():
+        raise KernelLoadError("no CUDA driver")
+
+    monkeypatch.setattr(cubin_loader, "_default_loader", no_driver)
+    assert cubin_loader.loading_obstacle.__wrapped__(VARIANT, "sm_120a") == "no CUDA driver"
+    monkeypatch.setattr(cubin_loader, "_default_loader", lambda: SimpleNamespace(origin=lambda variant, arch: "here"))
+    assert cubin_loader.loading_obstacle.__wrapped__(VARIANT, "sm_120a") is None

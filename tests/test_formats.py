@@ -35,6 +35,17 @@ def test_e4m3_rounding_agrees_with_ml_dtypes_below_saturation():
     assert np.array_equal(formats.round_to_e4m3(points).numpy(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_agrees_with_ml_dtypes_for_every_16_bit_number(dtype):
+    points = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    points = points[~points.isnan()]
+    expected = points.numpy().astype(ml_dtypes.float4_e2m1fn)
+    assert np.array_equal(encode_e2m1(formats.round_to_e2m1(points)).numpy(), expected.view(np.uint8) & 15)
+    expected = points.clamp(-448, 448).numpy().astype(ml_dtypes.float8_e4m3fn)
+    rounded = formats.round_to_e4m3(points).to(torch.float8_e4m3fn)
+    assert np.array_equal(rounded.view(torch.uint8).numpy(), expected.view(np.uint8))
+
+
 def test_e4m3_rounding_saturates_and_keeps_nan():
     rounded = formats.round_to_e4m3(torch.tensor([449.0, 1e30, -1e30, torch.inf, torch.nan]))
     assert rounded[:4].tolist() == [448, 448, -448, 448]

@@ -236,7 +236,9 @@ def test_deferred_rescaling_keeps_headroom(threshold, monkeypatch):
     eager, _ = quantized_attention(q, k, v, SAGE_ATTENTION_3)
     largest = []
     round_p = reference._round_p
-    monkeypatch.setattr(reference, "_round_p", lambda p, pv: largest.append(p.max().item()) or round_p(p, pv))
+    monkeypatch.setattr(
+        reference, "_round_p", lambda p, recipe: largest.append(2 ** p.max().item()) or round_p(p, recipe)
+    )
     recipe = Recipe("nvfp4", "nvfp4", smooth_q_rows=128, rescale_threshold=threshold)
     deferred, _ = quantized_attention(q, k, v, recipe)
     assert 2688 * 0.9 < max(largest) <= 2688 * 1.0001

@@ -10,6 +10,10 @@
 
 #include "ptx.cuh"
 
+#ifndef SAGE_EMULATE_FP4
+#define SAGE_EMULATE_FP4 0
+#endif
+
 #if SAGE_EMULATE_FP4
 
 // Tells a build with emulated instructions from a release build.

@@ -38,7 +38,7 @@ struct Parameters {
 constexpr u32 CORRECTION_WARPS = 4;
 constexpr u32 THREADS = (CORRECTION_WARPS + BLOCKS) * WARP;
 constexpr u32 DELTA_BYTES = BLOCKS * KEY_TILE * 8;  // each value twice: a whole accumulator fragment is one 16-byte load
-constexpr u32 STAGE_BYTES = TILE_BYTES + DELTA_BYTES;
+constexpr u32 STAGE_BYTES = TILE_BYTES + DELTA_BYTES + 32;  // and three barriers
 constexpr u32 STAGES = HEAD_DIM > 64 ? 5 : 9;
 constexpr u32 CORRECTION_REGISTERS = 40;
 constexpr u32 CONSUMER_REGISTERS = 232;
@@ -56,18 +56,20 @@ constexpr float FIXED_ORIGIN = 12582912.0f + 127.0f * FIXED_ONE - 530.0f;
 constexpr int FIXED_FLOOR = 0x4B400000 + 107 * 8192;         // 2^-20: rounds to zero, and its bits are a float's
 constexpr u32 LINEAR_FROM = 5;                               // of every eight weights, the last three
 
-struct Pipeline {
-    u32 stage = 0, phase = 0;
-    __device__ __forceinline__ void advance() {
-        if (++stage == STAGES) stage = 0, phase ^= 1;
-    }
-};
+extern __shared__ __align__(128) u8 memory[];
 
-struct Shared {
-    u8* stages;
-    u64* full;        // key/value tile has arrived
-    u64* corrected;   // and delta_s beside it
-    u64* empty;       // consumers are done with both
+// A position in the ring of stages: the address of a stage, and how often the ring went round.
+struct Pipeline {
+    u32 stage, phase;
+
+    __device__ __forceinline__ Pipeline() : stage(shared_address(memory)), phase(0) {}
+    __device__ __forceinline__ void advance() {
+        stage += STAGE_BYTES;
+        if (stage == shared_address(memory) + STAGES * STAGE_BYTES) stage = shared_address(memory), phase ^= 1;
+    }
+    __device__ __forceinline__ u32 full() const { return stage + TILE_BYTES + DELTA_BYTES; }  // barrier: the tile has arrived
+    __device__ __forceinline__ u32 corrected() const { return full() + 8; }                   // and delta_s beside it
+    __device__ __forceinline__ u32 empty() const { return full() + 16; }                      // consumers are done with both
 };
 
 // One work item: 256 query rows of one head.
@@ -122,13 +124,13 @@ struct Loader {
             if (!done(p)) item = get_item(p, index);
         }
     }
-    __device__ __forceinline__ bool has_room(const Shared& shared) const {
-        return barrier_test(shared.empty[pipeline.stage], pipeline.phase ^ 1);
+    __device__ __forceinline__ bool has_room() const {
+        return barrier_test(pipeline.empty(), pipeline.phase ^ 1);
     }
-    __device__ __forceinline__ void issue(const Parameters& p, const Shared& shared) {
-        u64& barrier = shared.full[pipeline.stage];
+    __device__ __forceinline__ void issue(const Parameters& p) {
+        u32 barrier = pipeline.full();
         barrier_expect_bytes(barrier, TILE_BYTES);
-        bulk_copy(shared.stages + pipeline.stage * STAGE_BYTES,
+        bulk_copy(pipeline.stage,
                   p.keys_values + (i64(item.kv_head) * p.key_tiles + tile) * TILE_BYTES, TILE_BYTES, barrier);
         pipeline.advance();
         ++tile, ++issued;
@@ -137,19 +139,18 @@ struct Loader {
 };
 
 // delta_s of two n-tiles: (means of the eight query blocks) x (16 keys), against both digits of K.
-__device__ __forceinline__ void correct_tile(u8* stage, const u32 (&mean)[K_STEPS][4], u32 mean_scale, u32 warp, u32 lane) {
+__device__ __forceinline__ void correct_tile(u32 stage, const u32 (&mean)[K_STEPS][4], u32 mean_scale, u32 warp, u32 lane) {
     constexpr u32 WORDS = 2 * K_STEPS;  // scale words of two n-tiles, one a lane of the quad
     u32 word = WORDS * warp + (lane & (WORDS - 1));
     u32 scale_offset = ((lane & ~3u) + (word & 3)) * (WORDS * 4) + (word >> 2) * 4;
     float delta[2][4] = {};
 #pragma unroll
     for (u32 digit = 0; digit < 2; ++digit) {
-        const u8* key = stage + digit * KEY_BYTES;
-        u32 scale = *reinterpret_cast<const u32*>(key + KEY_CODE_BYTES + scale_offset);
+        u32 key = stage + digit * KEY_BYTES, scale = load_shared_4<KEY_CODE_BYTES>(key + scale_offset);
         u32 codes[2 * K_STEPS * 2];
 #pragma unroll
         for (u32 chunk = 0; chunk < K_STEPS; ++chunk) {
-            uint4 four = *reinterpret_cast<const uint4*>(key + ((warp * K_STEPS + chunk) * WARP + lane) * 16);
+            uint4 four = load_shared_16<0>(key + ((warp * K_STEPS + chunk) * WARP + lane) * 16);
             codes[4 * chunk] = four.x, codes[4 * chunk + 1] = four.y, codes[4 * chunk + 2] = four.z, codes[4 * chunk + 3] = four.w;
         }
         mma_nvfp4<0, 0>(delta[0], mean[0], codes[0], codes[1], delta[0], mean_scale, scale);
@@ -163,11 +164,10 @@ __device__ __forceinline__ void correct_tile(u8* stage, const u32 (&mean)[K_STEP
     }
 #pragma unroll
     for (u32 n = 0; n < 2; ++n)
-        *reinterpret_cast<float4*>(stage + TILE_BYTES + ((2 * warp + n) * WARP + lane) * 16) =
-            make_float4(delta[n][0], delta[n][1], delta[n][0], delta[n][1]);
+        store_shared_16(stage + TILE_BYTES + ((2 * warp + n) * WARP + lane) * 16, delta[n][0], delta[n][1], delta[n][0], delta[n][1]);
 }
 
-__device__ __forceinline__ void correct(const Parameters& p, const Shared& shared, u32 warp, u32 lane) {
+__device__ __forceinline__ void correct(const Parameters& p, u32 warp, u32 lane) {
     bool loads = warp == 0 && lane == 0;
     Loader loader;
     if (loads) loader.start(p);
@@ -186,16 +186,16 @@ __device__ __forceinline__ void correct(const Parameters& p, const Shared& share
         for (u32 tile = 0; tile < item.tiles; ++tile) {
             if (is_skipped(item, tile)) continue;
             if (loads) {
-                while (!loader.done(p) && (loader.issued <= corrected || loader.has_room(shared))) {
-                    if (loader.issued <= corrected) barrier_wait(shared.empty[loader.pipeline.stage], loader.pipeline.phase ^ 1);
-                    loader.issue(p, shared);
+                while (!loader.done(p) && (loader.issued <= corrected || loader.has_room())) {
+                    if (loader.issued <= corrected) barrier_wait(loader.pipeline.empty(), loader.pipeline.phase ^ 1);
+                    loader.issue(p);
                 }
             }
             __syncwarp();
-            barrier_wait(shared.full[pipeline.stage], pipeline.phase);
-            correct_tile(shared.stages + pipeline.stage * STAGE_BYTES, mean, mean_scale, warp, lane);
+            barrier_wait(pipeline.full(), pipeline.phase);
+            correct_tile(pipeline.stage, mean, mean_scale, warp, lane);
             __syncwarp();
-            if (lane == 0) barrier_arrive(shared.corrected[pipeline.stage]);
+            if (lane == 0) barrier_arrive(pipeline.corrected());
             pipeline.advance();
             ++corrected;
         }
@@ -281,15 +281,18 @@ struct Position {
     const u8* mask;            // of (batch, head), or null
 };
 
-__device__ __forceinline__ float mask_value(const Parameters& p, const u8* mask, i64 index) {
-    if (p.mask_kind == MASK_BOOL) return mask[index] ? 0.0f : -INFINITY;
+// One mask element, in powers of two.
+__device__ __forceinline__ float mask_value(u32 kind, const u8* address) {
+    if (kind == MASK_BOOL) return load_global_1(address) ? 0.0f : -INFINITE;
     float value;
-    if (p.mask_kind == MASK_F32) value = reinterpret_cast<const float*>(mask)[index];
-    else if (p.mask_kind == MASK_F16) value = from_f16(reinterpret_cast<const u16*>(mask)[index]);
-    else value = from_bf16(reinterpret_cast<const u16*>(mask)[index]);
+    if (kind == MASK_F32) value = __uint_as_float(load_global_4(address));
+    else if (kind == MASK_F16) value = from_f16(load_global_2(address));
+    else value = from_bf16(load_global_2(address));
     // -3.4e38, which many use for "never", must stay finite in powers of two: a row of nothing else is uniform in torch.
-    return value == -INFINITY ? value : fmaxf(value * 1.44269504f, -1.0e38f);
+    return value == -INFINITE ? value : fmaxf(value * 1.44269504f, -1.0e38f);
 }
+
+__device__ __forceinline__ u32 mask_width(const Parameters& p) { return p.mask_kind == MASK_BOOL ? 1 : p.mask_kind == MASK_F32 ? 4 : 2; }
 
 // Scores that may not be seen become -inf. With a mask tensor the scores become powers of two (their factor is then 1).
 __device__ __forceinline__ void mask_scores(const Parameters& p, const Position& at, float factor, float (&scores)[4][4],
@@ -297,135 +300,189 @@ __device__ __forceinline__ void mask_scores(const Parameters& p, const Position&
     u32 first_key = at.first_key + half * 32 + 8 * (lane & 3);
 #pragma unroll
     for (u32 row_half = 0; row_half < 2; ++row_half) {
-        u32 row = at.first_row + 16 * m + 8 * row_half + (lane >> 2);
+        u32 row = keep(at.first_row) + 16 * m + 8 * row_half + (lane >> 2);
         int limit = at.keys;
         if (p.causal) limit = min(limit, int(row) + 1);
+        const u8* address = nullptr;
+        if (MASK) address = keep(at.mask + (i64(row) * p.mask_strides[2] + i64(first_key) * p.mask_strides[3]) * mask_width(p));
 #pragma unroll
         for (u32 i = 0; i < 8; ++i) {
             float& score = scores[i >> 1][2 * row_half + (i & 1)];
-            u32 key = first_key + i;
+            bool seen = int(first_key + i) < limit;
             if (MASK) {
                 score *= factor;
-                if (int(key) < limit && int(row) < p.query_length)
-                    score += mask_value(p, at.mask, i64(row) * p.mask_strides[2] + i64(key) * p.mask_strides[3]);
+                if (seen && int(row) < p.query_length) score += mask_value(p.mask_kind, address);
+                address += p.mask_strides[3] * mask_width(p);
             }
-            if (int(key) >= limit) score = -INFINITY;
+            if (!seen) score = -INFINITE;
         }
     }
 }
 
-template <u32 N>
-__device__ __forceinline__ void load_words(u32 (&words)[N], const u8* from) {
-    static_assert(N == 2 || N == 4);
-    if constexpr (N == 2) {
-        uint2 two = *reinterpret_cast<const uint2*>(from);
+// A consumer's lane in one stage: where its words are. Lanes read 16 bytes next to each other.
+struct StageView {
+    u32 fragments;  // codes, and scales of four words a lane
+    u32 pairs;      // scales of two words a lane
+    u32 delta;      // delta_s of the warp's rows
+};
+
+// Scales of K's 32 keys of one half: K_STEPS words a lane.
+template <u32 HALF>
+__device__ __forceinline__ void load_key_scales(u32 (&words)[K_STEPS], const StageView& stage) {
+    if constexpr (K_STEPS == 2) {
+        uint2 two = load_shared_8<KEY_CODE_BYTES + 8 * HALF>(stage.fragments);
         words[0] = two.x, words[1] = two.y;
     } else {
-        uint4 four = *reinterpret_cast<const uint4*>(from);
-        words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+        words[0] = load_shared_4<KEY_CODE_BYTES + 4 * HALF>(stage.pairs);
     }
 }
 
-// S of 32 keys for both m-tiles, on top of delta_s.
-template <u32 HALF>
-__device__ __forceinline__ void multiply_qk(const Rows& rows, const u8* stage, const u32 (&key_scale)[2 * K_STEPS],
-                                            float (&scores)[2][4][4], u32 block, u32 lane) {
-    u32 codes[4 * K_STEPS * 2];
-#pragma unroll
-    for (u32 chunk = 0; chunk < 2 * K_STEPS; ++chunk) {
-        uint4 four = *reinterpret_cast<const uint4*>(stage + ((HALF * 2 * K_STEPS + chunk) * WARP + lane) * 16);
-        codes[4 * chunk] = four.x, codes[4 * chunk + 1] = four.y, codes[4 * chunk + 2] = four.z, codes[4 * chunk + 3] = four.w;
+__device__ __forceinline__ void load_value_scales(u32 (&words)[VALUE_SCALES], const StageView& stage) {
+    if constexpr (VALUE_SCALES == 4) {
+        uint4 four = load_shared_16<VALUE_OFFSET + VALUE_CODE_BYTES>(stage.fragments);
+        words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+    } else {
+        uint2 two = load_shared_8<VALUE_OFFSET + VALUE_CODE_BYTES>(stage.pairs);
+        words[0] = two.x, words[1] = two.y;
     }
-    float start[4][4];
-#pragma unroll
-    for (u32 n = 0; n < 4; ++n) {
-        float4 delta = *reinterpret_cast<const float4*>(stage + TILE_BYTES + ((HALF * 4 + n) * BLOCKS + block) * 64 + (lane & 3) * 16);
-        start[n][0] = delta.x, start[n][1] = delta.y, start[n][2] = delta.z, start[n][3] = delta.w;
+}
+
+// Q K^T of one n-tile (8 keys) for both m-tiles, on top of delta_s.
+template <u32 COLUMN>
+__device__ __forceinline__ void multiply_qk_column(const Rows& rows, const StageView& stage, const u32 (&key_scale)[K_STEPS],
+                                                   u32 b0, u32 b1, u32 b2, u32 b3, float (&low)[4], float (&high)[4]) {
+    constexpr u32 word = COLUMN % 4 * K_STEPS;  // of the half
+    uint4 delta = load_shared_16<TILE_BYTES + COLUMN * BLOCKS * 64>(stage.delta);
+    float start[4] = {__uint_as_float(delta.x), __uint_as_float(delta.y), __uint_as_float(delta.z), __uint_as_float(delta.w)};
+    mma_nvfp4<0, (word & 3)>(low, rows.query[0][0], b0, b1, start, rows.query_scale[0], key_scale[word >> 2]);
+    mma_nvfp4<0, (word & 3)>(high, rows.query[1][0], b0, b1, start, rows.query_scale[1], key_scale[word >> 2]);
+    if constexpr (K_STEPS == 2) {
+        constexpr u32 next = word + 1;
+        mma_nvfp4<1, (next & 3)>(low, rows.query[0][1], b2, b3, low, rows.query_scale[0], key_scale[next >> 2]);
+        mma_nvfp4<1, (next & 3)>(high, rows.query[1][1], b2, b3, high, rows.query_scale[1], key_scale[next >> 2]);
     }
-    auto multiply = [&](auto column) {
-        constexpr u32 n = decltype(column)::value, word = (HALF * 4 + n) * K_STEPS;
+}
+
+// S of two n-tiles.
+template <u32 COLUMN>
+__device__ __forceinline__ void multiply_qk_pair(const Rows& rows, const StageView& stage, const u32 (&key_scale)[K_STEPS],
+                                                 float (&low)[4][4], float (&high)[4][4]) {
+    constexpr u32 n = COLUMN % 4, chunk = COLUMN * K_STEPS / 2;
+    uint4 first = load_shared_16<chunk * WARP * 16>(stage.fragments);
+    if constexpr (K_STEPS == 2) {
+        uint4 second = load_shared_16<(chunk + 1) * WARP * 16>(stage.fragments);
+        multiply_qk_column<COLUMN>(rows, stage, key_scale, first.x, first.y, first.z, first.w, low[n], high[n]);
+        multiply_qk_column<COLUMN + 1>(rows, stage, key_scale, second.x, second.y, second.z, second.w, low[n + 1], high[n + 1]);
+    } else {
+        multiply_qk_column<COLUMN>(rows, stage, key_scale, first.x, first.y, 0, 0, low[n], high[n]);
+        multiply_qk_column<COLUMN + 1>(rows, stage, key_scale, first.z, first.w, 0, 0, low[n + 1], high[n + 1]);
+    }
+}
+
+// P V of two n-tiles (16 dims) for both m-tiles.
+template <u32 COLUMN>
+__device__ __forceinline__ void multiply_pv_pair(Rows& rows, const StageView& stage, const u32 (&value_scale)[VALUE_SCALES],
+                                                 const u32 (&weights)[2][4], const u32 (&weight_scale)[2]) {
+    if constexpr (COLUMN < VALUE_COLUMNS) {
+        uint4 codes = load_shared_16<VALUE_OFFSET + COLUMN / 2 * WARP * 16>(stage.fragments);
 #pragma unroll
         for (u32 m = 0; m < 2; ++m)
-            mma_nvfp4<0, (word & 3)>(scores[m][n], rows.query[m][0], codes[n * K_STEPS * 2], codes[n * K_STEPS * 2 + 1],
-                                     start[n], rows.query_scale[m], key_scale[word >> 2]);
-        if constexpr (K_STEPS == 2) {
+            mma_nvfp4<0, (COLUMN & 3)>(rows.output[m][COLUMN], weights[m], codes.x, codes.y, rows.output[m][COLUMN],
+                                       weight_scale[m], value_scale[COLUMN >> 2]);
+        constexpr u32 next = COLUMN + 1;
 #pragma unroll
-            for (u32 m = 0; m < 2; ++m)
-                mma_nvfp4<1, ((word + 1) & 3)>(scores[m][n], rows.query[m][1], codes[n * 4 + 2], codes[n * 4 + 3],
-                                               scores[m][n], rows.query_scale[m], key_scale[(word + 1) >> 2]);
-        }
-    };
-    multiply(Constant<0>()), multiply(Constant<1>()), multiply(Constant<2>()), multiply(Constant<3>());
+        for (u32 m = 0; m < 2; ++m)
+            mma_nvfp4<0, (next & 3)>(rows.output[m][next], weights[m], codes.z, codes.w, rows.output[m][next], weight_scale[m],
+                                     value_scale[next >> 2]);
+    }
 }
 
-// P V and the row sum of P, for both m-tiles.
-__device__ __forceinline__ void multiply_pv(Rows& rows, const u8* stage, const u32 (&weights)[2][4], const u32 (&weight_scale)[2],
-                                            u32 lane) {
-    const u8* values = stage + VALUE_OFFSET;
-    u32 value_scale[VALUE_SCALES];
-    load_words(value_scale, values + VALUE_CODE_BYTES + lane * (VALUE_SCALES * 4));
-    auto multiply = [&](auto pair) {
-        constexpr u32 n = 2 * decltype(pair)::value;
-        if constexpr (n < VALUE_COLUMNS) {
-            uint4 codes = *reinterpret_cast<const uint4*>(values + (n / 2 * WARP + lane) * 16);
+// P V and the row sum of P. `scales`: one byte for each half of the tile, of the group that a lane shares with its pair.
+__device__ __forceinline__ void multiply_pv(Rows& rows, const StageView& stage, const u32 (&weights)[2][4], const u32 (&scales)[2]) {
+    u32 weight_scale[2], value_scale[VALUE_SCALES];
+    load_value_scales(value_scale, stage);
 #pragma unroll
-            for (u32 m = 0; m < 2; ++m)
-                mma_nvfp4<0, (n & 3)>(rows.output[m][n], weights[m], codes.x, codes.y, rows.output[m][n], weight_scale[m],
-                                      value_scale[n >> 2]);
-#pragma unroll
-            for (u32 m = 0; m < 2; ++m)
-                mma_nvfp4<0, ((n + 1) & 3)>(rows.output[m][n + 1], weights[m], codes.z, codes.w, rows.output[m][n + 1],
-                                            weight_scale[m], value_scale[(n + 1) >> 2]);
-        }
-    };
-    multiply(Constant<0>()), multiply(Constant<1>()), multiply(Constant<2>()), multiply(Constant<3>());
-    multiply(Constant<4>()), multiply(Constant<5>()), multiply(Constant<6>()), multiply(Constant<7>());
+    for (u32 m = 0; m < 2; ++m)  // lanes 0 and 1 of a quad hold keys 0..15, lanes 2 and 3 keys 16..31 of both halves
+        weight_scale[m] = permute_bytes(scales[m], __shfl_xor_sync(ALL_LANES, scales[m], 2), 0x5140);
+    multiply_pv_pair<0>(rows, stage, value_scale, weights, weight_scale);
+    multiply_pv_pair<2>(rows, stage, value_scale, weights, weight_scale);
+    multiply_pv_pair<4>(rows, stage, value_scale, weights, weight_scale);
+    multiply_pv_pair<6>(rows, stage, value_scale, weights, weight_scale);
+    multiply_pv_pair<8>(rows, stage, value_scale, weights, weight_scale);
+    multiply_pv_pair<10>(rows, stage, value_scale, weights, weight_scale);
+    multiply_pv_pair<12>(rows, stage, value_scale, weights, weight_scale);
+    multiply_pv_pair<14>(rows, stage, value_scale, weights, weight_scale);
     constexpr u32 ONES = 0x22222222u, ONE_SCALES = 0x38383838u;
 #pragma unroll
     for (u32 m = 0; m < 2; ++m) mma_nvfp4<0, 0>(rows.sum[m], weights[m], ONES, ONES, rows.sum[m], weight_scale[m], ONE_SCALES);
 }
 
-// One key tile of 64: the body of the inner loop.
-template <bool MASKED>
-__device__ __forceinline__ void attend_tile(const Parameters& p, Rows& rows, const u8* stage, const Position& at, u32 block, u32 lane) {
-    u32 key_scale[2 * K_STEPS];
-    load_words(key_scale, stage + KEY_CODE_BYTES + lane * (2 * K_STEPS * 4));
-    u32 weights[2][4], weight_scale[2] = {};
-    float factor = MASKED && MASK ? 1.0f : rows.factor;
-    auto attend_half = [&](auto which) {
-        constexpr u32 half = decltype(which)::value;
-        float scores[2][4][4], group[2], largest[2];
-        multiply_qk<half>(rows, stage, key_scale, scores, block, lane);
+// 32 keys of the tile: their scores, and how far the largest of them lies above what the weights may reach.
+struct Half {
+    float scores[2][4][4];
+    float group[2];    // largest score of the lane's group
+    float largest[2];  // and its weight, in powers of two
+
+    template <bool MASKED, u32 HALF>
+    __device__ __forceinline__ bool score(const Parameters& p, const Rows& rows, const StageView& stage, const Position& at,
+                                          float factor, u32 lane) {
+        u32 key_scale[K_STEPS];
+        load_key_scales<HALF>(key_scale, stage);
+        multiply_qk_pair<4 * HALF>(rows, stage, key_scale, scores[0], scores[1]);
+        multiply_qk_pair<4 * HALF + 2>(rows, stage, key_scale, scores[0], scores[1]);
 #pragma unroll
         for (u32 m = 0; m < 2; ++m) {
-            if (MASKED) mask_scores(p, at, rows.factor, scores[m], m, half, lane);
+            if (MASKED) mask_scores(p, at, rows.factor, scores[m], m, HALF, lane);
             group[m] = group_maximum(scores[m], lane);
-            largest[m] = fmaf(group[m], factor, rows.shift[m]);
         }
-        constexpr float LIMIT = LOG2_STRETCH + RESCALE_THRESHOLD;
-        if (__any_sync(ALL_LANES, largest[0] > LIMIT || largest[1] > LIMIT)) {
-            raise_maximum(rows, group, factor, lane);
+        measure(rows, factor);
+        return __any_sync(ALL_LANES, fmaxf(largest[0], largest[1]) > LOG2_STRETCH + RESCALE_THRESHOLD);
+    }
+    __device__ __forceinline__ void measure(const Rows& rows, float factor) {
 #pragma unroll
-            for (u32 m = 0; m < 2; ++m) largest[m] = fmaf(group[m], factor, rows.shift[m]);
-        }
+        for (u32 m = 0; m < 2; ++m) largest[m] = fmaf(group[m], factor, rows.shift[m]);
+    }
+    // Two-level quantisation of the weights (section 3.2).
+    __device__ __forceinline__ void quantize(const Rows& rows, float factor, u32 lane, u32 half, u32 (&weights)[2][4], u32 (&scales)[2]) {
 #pragma unroll
         for (u32 m = 0; m < 2; ++m) {
-            u32 scale = to_e4m3(exp2_approx(largest[m] - LOG2_E2M1_MAX));
+            scales[m] = to_e4m3(exp2_approx(largest[m] - LOG2_E2M1_MAX));
             float low, high;
-            share_with_pair(rows.shift[m] - log2_approx(from_e4m3(scale)), lane, low, high);
+            share_with_pair(rows.shift[m] - log2_approx(from_e4m3(scales[m])), lane, low, high);
             weights[m][2 * half] = round_weights(scores[m], 0, factor, low);
             weights[m][2 * half + 1] = round_weights(scores[m], 1, factor, high);
-            weight_scale[m] = half == 0 ? scale : permute_bytes(weight_scale[m], scale, 0x0040);
         }
-    };
-    attend_half(Constant<0>());
-    attend_half(Constant<1>());
-#pragma unroll
-    for (u32 m = 0; m < 2; ++m) {  // lanes 0 and 1 of a quad hold keys 0..15, lanes 2 and 3 keys 16..31 of both halves
-        u32 other = __shfl_xor_sync(ALL_LANES, weight_scale[m], 2);
-        weight_scale[m] = permute_bytes(weight_scale[m], other, 0x5140);
     }
-    multiply_pv(rows, stage, weights, weight_scale, lane);
+};
+
+// One key tile of 64: the body of the inner loop. Where a maximum grows in the second half, the first half's weights still
+// belong to the old one: then only the first half counts (`kept` masks the scales), and the tile is to be taken again for
+// the second half alone. Returns whether the tile is done with.
+template <bool MASKED>
+__device__ __forceinline__ bool attend_tile(const Parameters& p, Rows& rows, const StageView& stage, const Position& at, u32& kept, u32 lane) {
+    u32 weights[2][4], first[2], second[2];
+    float factor = MASKED && MASK ? 1.0f : rows.factor;
+    {
+        Half half;
+        if (half.score<MASKED, 0>(p, rows, stage, at, factor, lane)) {
+            raise_maximum(rows, half.group, factor, lane);
+            half.measure(rows, factor);
+        }
+        half.quantize(rows, factor, lane, 0, weights, first);
+    }
+    Half half;
+    bool late = half.score<MASKED, 1>(p, rows, stage, at, factor, lane);
+    half.quantize(rows, factor, lane, 1, weights, second);
+    u32 scales[2];
+#pragma unroll
+    for (u32 m = 0; m < 2; ++m) scales[m] = permute_bytes(first[m] & kept, late ? 0 : second[m], 0x7640);
+    multiply_pv(rows, stage, weights, scales);
+    kept = ~u32(0);
+    if (late) {
+        raise_maximum(rows, half.group, factor, lane);
+        kept = 0;
+    }
+    return !late;
 }
 
 __device__ __forceinline__ void start_rows(const Parameters& p, const Item& item, Rows& rows, u32 block, u32 lane) {
@@ -434,7 +491,10 @@ __device__ __forceinline__ void start_rows(const Parameters& p, const Item& item
 #pragma unroll
     for (u32 m = 0; m < 2; ++m) {
 #pragma unroll
-        for (u32 step = 0; step < K_STEPS; ++step) load_words(rows.query[m][step], image + ((m * K_STEPS + step) * WARP + lane) * 16);
+        for (u32 step = 0; step < K_STEPS; ++step) {
+            uint4 four = *reinterpret_cast<const uint4*>(image + ((m * K_STEPS + step) * WARP + lane) * 16);
+            rows.query[m][step][0] = four.x, rows.query[m][step][1] = four.y, rows.query[m][step][2] = four.z, rows.query[m][step][3] = four.w;
+        }
         rows.query_scale[m] = *reinterpret_cast<const u32*>(image + QUERY_CODE_BYTES + (m * WARP + lane) * 4);
         rows.shift[m] = LOG2_STRETCH - NO_MAXIMUM;
 #pragma unroll
@@ -444,7 +504,8 @@ __device__ __forceinline__ void start_rows(const Parameters& p, const Item& item
 #pragma unroll
             for (u32 i = 0; i < 4; ++i) rows.output[m][n][i] = 0.0f;
     }
-    rows.factor = p.query_factors[index] * p.key_factors[item.kv_head] * p.scale_log2e;
+    // Not zero, as for a scale of zero: scores of -inf must stay so.
+    rows.factor = fmaxf(p.query_factors[index] * p.key_factors[item.kv_head] * p.scale_log2e, 1.0e-35f);
 }
 
 __device__ __forceinline__ void store_rows(const Parameters& p, const Item& item, Rows& rows, u32 block, u32 lane) {
@@ -476,71 +537,86 @@ __device__ __forceinline__ void store_rows(const Parameters& p, const Item& item
             if (p.lse && (lane & 3) == 0) {
                 float lse = (log2_approx(sum) - shifts[row_half]) * LN2;
                 if (p.lse_shifts) lse += p.scale * p.lse_shifts[head_index * p.query_length + row];
-                p.lse[head_index * p.query_length + row] = seen ? lse : -INFINITY;
+                p.lse[head_index * p.query_length + row] = seen ? lse : -INFINITE;
             }
         }
     }
 }
 
-__device__ __forceinline__ void consume(const Parameters& p, const Shared& shared, u32 block, u32 lane) {
+// Key tiles of a warp: up to `open` every row sees every key, up to `seen` some row sees some key.
+struct TileRange {
+    u32 open, seen;
+};
+
+__device__ __forceinline__ TileRange find_range(const Parameters& p, const Item& item, u32 block) {
+    TileRange range = {MASK ? 0 : u32(item.keys) / KEY_TILE, item.tiles};
+    if (p.causal) {
+        u32 first_row = item.query_tile * QUERY_TILE + block * QUERY_BLOCK;
+        range.open = min(range.open, (first_row + 1) / KEY_TILE);
+        range.seen = min(range.seen, (first_row + QUERY_BLOCK - 1) / KEY_TILE + 1);
+    }
+    return range;
+}
+
+__device__ __forceinline__ Position find_position(const Parameters& p, const Item& item, u32 block, u32 tile) {
+    Position at = {item.query_tile * QUERY_TILE + block * QUERY_BLOCK, tile * KEY_TILE, item.keys, p.mask};
+    if (MASK) at.mask += (item.batch * p.mask_strides[0] + item.head * p.mask_strides[1]) * mask_width(p);
+    return at;
+}
+
+__device__ __forceinline__ void consume(const Parameters& p) {
     Pipeline pipeline;
     Rows rows;
+    u32 fragments = keep(threadIdx.x % WARP * 16), lane = fragments / 16;
+    u32 delta = keep((threadIdx.x / WARP - CORRECTION_WARPS) * 64 + (lane & 3) * 16);
     auto take_tile = [&](auto&& attend) {
-        barrier_wait(shared.full[pipeline.stage], pipeline.phase);
-        barrier_wait(shared.corrected[pipeline.stage], pipeline.phase);
-        attend(shared.stages + pipeline.stage * STAGE_BYTES);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.empty[pipeline.stage]);
-        pipeline.advance();
+        barrier_wait(pipeline.full(), pipeline.phase);
+        barrier_wait(pipeline.corrected(), pipeline.phase);
+        bool done = attend(StageView{pipeline.stage + fragments, pipeline.stage + fragments / 2, pipeline.stage + delta});
+        if (done) {
+            __syncwarp();
+            if (lane == 0) barrier_arrive(pipeline.empty());
+            pipeline.advance();
+        }
+        return done;
     };
+    u32 kept = ~u32(0);
+    // The inner loop needs the registers: what describes the item is computed anew where it is used.
     for (u32 index = blockIdx.x; index < item_count(p); index += gridDim.x) {
-        Item item = get_item(p, index);
-        start_rows(p, item, rows, block, lane);
-        Position at;
-        at.first_row = item.query_tile * QUERY_TILE + block * QUERY_BLOCK;
-        at.keys = item.keys;
-        at.mask = p.mask;
-        u32 open = item.keys / KEY_TILE, seen = item.tiles;
-        if (p.causal) {  // tiles that every row of the warp sees, and tiles that any row sees
-            open = min(open, (at.first_row + 1) / KEY_TILE);
-            seen = min(seen, (at.first_row + QUERY_BLOCK - 1) / KEY_TILE + 1);
+        u32 block = delta / 64;
+        start_rows(p, get_item(p, index + keep(u32(0))), rows, block, lane);
+        for (u32 open = find_range(p, get_item(p, index + keep(u32(0))), block).open; open;)
+            open -= take_tile([&](const StageView& stage) { return attend_tile<false>(p, rows, stage, Position{}, kept, lane); });
+        // Tiles that need masking, and those that only other warps need.
+        TileRange range = find_range(p, get_item(p, index + keep(u32(0))), block);
+        for (u32 tile = range.open; tile < range.seen;) {
+            Item item = get_item(p, index + keep(u32(0)));
+            tile += is_skipped(item, tile) || take_tile([&](const StageView& stage) {
+                        return attend_tile<true>(p, rows, stage, find_position(p, item, block, tile), kept, lane);
+                    });
         }
-        u32 tile = 0;
-        if (MASK) {
-            u32 width = p.mask_kind == MASK_BOOL ? 1 : p.mask_kind == MASK_F32 ? 4 : 2;
-            at.mask += (item.batch * p.mask_strides[0] + item.head * p.mask_strides[1]) * width;
-            open = 0;
-        }
-        for (; tile < open; ++tile) take_tile([&](const u8* stage) { attend_tile<false>(p, rows, stage, at, block, lane); });
-        for (; tile < seen; ++tile) {
-            if (is_skipped(item, tile)) continue;
-            at.first_key = tile * KEY_TILE;
-            take_tile([&](const u8* stage) { attend_tile<true>(p, rows, stage, at, block, lane); });
-        }
-        for (; tile < item.tiles; ++tile) take_tile([](const u8*) {});
-        store_rows(p, item, rows, block, lane);
+        for (u32 tile = range.seen; tile < get_item(p, index + keep(u32(0))).tiles; ++tile)
+            take_tile([](const StageView&) { return true; });
+        store_rows(p, get_item(p, index + keep(u32(0))), rows, block, lane);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_attention(const __grid_constant__ Parameters p) {
-    extern __shared__ __align__(128) u8 memory[];
-    __shared__ u64 barriers[3 * STAGES];
-    Shared shared = {memory, barriers, barriers + STAGES, barriers + 2 * STAGES};
     if (threadIdx.x == 0) {
-        for (u32 i = 0; i < STAGES; ++i) {
-            barrier_init(shared.full[i], 1);
-            barrier_init(shared.corrected[i], CORRECTION_WARPS);
-            barrier_init(shared.empty[i], BLOCKS);
+        for (Pipeline pipeline; pipeline.phase == 0; pipeline.advance()) {
+            barrier_init(pipeline.full(), 1);
+            barrier_init(pipeline.corrected(), CORRECTION_WARPS);
+            barrier_init(pipeline.empty(), BLOCKS);
         }
         barrier_init_fence();
     }
     __syncthreads();
     u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (warp < CORRECTION_WARPS) {
-        lower_registers<CORRECTION_REGISTERS>();
-        correct(p, shared, warp, lane);
+        if (!SAGE_EMULATE_FP4) lower_registers<CORRECTION_REGISTERS>();  // emulation calls functions, which keep no limit
+        correct(p, warp, lane);
     } else {
-        raise_registers<CONSUMER_REGISTERS>();
-        consume(p, shared, warp - CORRECTION_WARPS, lane);
+        if (!SAGE_EMULATE_FP4) raise_registers<CONSUMER_REGISTERS>();
+        consume(p);
     }
 }

@@ -372,7 +372,7 @@ __device__ void compute_lse_shifts(const Parameters& p, u32 index) {
 
 __device__ __forceinline__ bool is_seen(const Parameters& p, i64 index) {
     if (p.mask_kind == MASK_BOOL) return p.mask[index] != 0;
-    if (p.mask_kind == MASK_F32) return reinterpret_cast<const float*>(p.mask)[index] != -INFINITY;
+    if (p.mask_kind == MASK_F32) return reinterpret_cast<const float*>(p.mask)[index] != -INFINITE;
     return reinterpret_cast<const u16*>(p.mask)[index] != (p.mask_kind == MASK_F16 ? 0xFC00 : 0xFF80);
 }
 

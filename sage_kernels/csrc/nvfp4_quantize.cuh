@@ -21,7 +21,7 @@ __device__ __forceinline__ float divide_exactly(float x, float divisor, float re
 // Scale of a group from its largest magnitude, which is NaN or infinite where an element is.
 __device__ __forceinline__ GroupScale group_scale(float absmax) {
     GroupScale scale = {E4M3_NAN, 0.0f, 0.0f};
-    if (absmax <= 3.4028235e38f) {
+    if (absmax <= LARGEST_FLOAT) {
         scale.code = to_e4m3(divide_exactly(absmax, E2M1_MAX, 1.0f / E2M1_MAX));
         scale.value = from_e4m3(scale.code);
         scale.reciprocal = scale.value > 0.0f ? __frcp_rn(scale.value) : 0.0f;
@@ -44,7 +44,7 @@ __device__ __forceinline__ float decode_e2m1(u32 word, u32 index) {
 
 // The power of two that brings `absmax` into (672, 1344]; 1 for zero, NaN and infinity. (reference.power_of_two_scale)
 __device__ __forceinline__ float power_of_two_scale(float absmax) {
-    if (!(absmax > 0.0f && absmax <= 3.4028235e38f)) return 1.0f;
+    if (!(absmax > 0.0f && absmax <= LARGEST_FLOAT)) return 1.0f;
     int extra = 0;
     if (absmax < 1.0e-30f) absmax *= 18446744073709551616.0f, extra = 64;  // subnormals have no exponent field
     u32 bits = __float_as_uint(absmax);

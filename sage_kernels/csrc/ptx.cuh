@@ -9,49 +9,108 @@ using i64 = long long;
 
 constexpr u32 WARP = 32;
 constexpr u32 ALL_LANES = 0xFFFFFFFFu;
+constexpr float LARGEST_FLOAT = 3.4028234663852886e38f;
+#define INFINITE __int_as_float(0x7F800000)
 
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
-__device__ __forceinline__ void barrier_init(u64& barrier, u32 arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
+// The same value, but the compiler must keep it: it would compute cheap ones anew in an inner loop.
+__device__ __forceinline__ u32 keep(u32 x) {
+    asm volatile("mov.b32 %0, %0;" : "+r"(x));
+    return x;
+}
+
+__device__ __forceinline__ const u8* keep(const u8* pointer) {
+    asm volatile("mov.b64 %0, %0;" : "+l"(pointer));
+    return pointer;
+}
+
+// Loads that stay where they are written: gathered, they would need a register each.
+__device__ __forceinline__ u32 load_global_1(const u8* address) {
+    u32 x;
+    asm volatile("ld.global.u8 %0, [%1];" : "=r"(x) : "l"(address));
+    return x;
+}
+
+__device__ __forceinline__ u16 load_global_2(const u8* address) {
+    u16 x;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(x) : "l"(address));
+    return x;
+}
+
+__device__ __forceinline__ u32 load_global_4(const u8* address) {
+    u32 x;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(x) : "l"(address));
+    return x;
+}
+
+template <u32 OFFSET>
+__device__ __forceinline__ uint4 load_shared_16(u32 address) {
+    uint4 x;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4 + %5];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(address), "n"(OFFSET));
+    return x;
+}
+
+template <u32 OFFSET>
+__device__ __forceinline__ uint2 load_shared_8(u32 address) {
+    uint2 x;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2 + %3];" : "=r"(x.x), "=r"(x.y) : "r"(address), "n"(OFFSET));
+    return x;
+}
+
+template <u32 OFFSET>
+__device__ __forceinline__ u32 load_shared_4(u32 address) {
+    u32 x;
+    asm volatile("ld.shared.b32 %0, [%1 + %2];" : "=r"(x) : "r"(address), "n"(OFFSET));
+    return x;
+}
+
+__device__ __forceinline__ void store_shared_16(u32 address, float x, float y, float z, float w) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+}
+
+// Barriers (mbarrier objects) are 8 bytes of shared memory, given by address.
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
 // Makes initialised barriers visible to the copy engine.
 __device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-__device__ __forceinline__ void barrier_arrive(u64& barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ void barrier_expect_bytes(u64& barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
-                 : "memory");
+__device__ __forceinline__ void barrier_expect_bytes(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-__device__ __forceinline__ bool barrier_test(u64& barrier, u32 phase) {
+__device__ __forceinline__ bool barrier_test(u32 barrier, u32 phase) {
     u32 done;
     asm volatile(
         "{\n\t.reg .pred p;\n\t"
         "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
         "selp.u32 %0, 1, 0, p;\n\t}"
         : "=r"(done)
-        : "r"(shared_address(&barrier)), "r"(phase)
+        : "r"(barrier), "r"(phase)
         : "memory");
     return done != 0;
 }
 
-__device__ __forceinline__ void barrier_wait(u64& barrier, u32 phase) {
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
     while (!barrier_test(barrier, phase)) {
     }
 }
 
-// One bulk copy from global to shared memory; both addresses and the size are multiples of 16 bytes.
-__device__ __forceinline__ void bulk_copy(void* to, const void* from, u32 bytes, u64& barrier) {
-    asm volatile("cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(shared_address(&barrier))
+// One bulk copy from global to shared memory; both addresses and the size are multiples of 16 bytes. (The destination is
+// shared::cta: for shared::cluster, compilers add a system call on sm_120.)
+__device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+                 "r"(bytes), "r"(barrier)
                  : "memory");
 }
 

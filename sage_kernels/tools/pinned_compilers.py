@@ -49,7 +49,11 @@ NVRTC_12_9 = PinnedCompiler(
         "72972ebdcf504d69462d3bcd67e7b81edd25d0fb85a2c46d3ea3517666636349",
     ),
 )
-COMPILERS = {"sm_90a": NVRTC_12_8, "sm_120a": NVRTC_12_8, "sm_121a": NVRTC_12_9}
+
+
+def compiler_for(arch: str) -> PinnedCompiler:
+    """The compiler of a target: the older one wherever it knows the target."""
+    return NVRTC_12_9 if arch in ("sm_103a", "sm_121a") else NVRTC_12_8
 
 
 def available() -> bool:

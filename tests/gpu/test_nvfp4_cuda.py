@@ -5,6 +5,7 @@ kernel packed. What is left between those two is rounding: the output's own, and
 the special-function unit's last bits carry across a rounding boundary of E2M1 or E4M3.
 """
 
+import functools
 import itertools
 import math
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from sage_kernels.attention_call import make_call
+from sage_kernels.formats.grouping import pad_last_axis
 from sage_kernels.formats.nvfp4 import dequantize_nvfp4, quantize_nvfp4
 from sage_kernels.formats.nvfp4_tiles import (
     QUERY_BLOCK,
@@ -22,7 +24,6 @@ from sage_kernels.formats.nvfp4_tiles import (
     unpack_mean_tiles,
     unpack_query_blocks,
 )
-from sage_kernels.formats.grouping import pad_last_axis
 from sage_kernels.kernels.nvfp4_cuda import NVFP4CudaKernel
 from sage_kernels.recipes import RECIPES
 from sage_kernels.reference import QuantizedOperands, attend, attention_fp32, power_of_two_scale
@@ -30,11 +31,11 @@ from sage_kernels.score_mask import ScoreMask
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.evidence("nvfp4"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU"),
 ]
 
 RECIPE = RECIPES["fp4"]
-SENTINEL = 777.0
 # Relative L1 between kernel and quantised reference. A bf16 output alone is off by 2^-9 at most, 2^-10.5 on average
 # (7e-4); fp16 by an eighth. Accumulation in another order moves a score by 2^-22 of its range or so, which carries
 # about one weight in 10^4 across a boundary, by a sixth of its group's maximum at most.
@@ -50,6 +51,12 @@ def native():
 @pytest.fixture(scope="module")
 def kernel():
     return NVFP4CudaKernel(emulate_instructions=not native())
+
+
+@pytest.fixture
+def check(kernel, within):
+    """Function (q, k, v, quality, **options): attention against the quantised and the exact reference."""
+    return functools.partial(check_attention, kernel, within)
 
 
 @pytest.fixture(autouse=True)
@@ -81,8 +88,6 @@ def make_options(kind, batch, heads, rows, keys, seed=0):
     def random(*shape):
         return torch.rand(*shape, generator=generator, device="cuda")
 
-    if kind == "causal":
-        return {"is_causal": True}
     if kind == "bool":
         mask = random(batch, 1, rows, keys) > 0.4
         mask[:, :, rows // 2] = False  # a row that may see nothing
@@ -97,7 +102,7 @@ def make_options(kind, batch, heads, rows, keys, seed=0):
     if kind == "lengths":
         lengths = torch.tensor([max(1, keys // 3), keys, 0, keys + 5][:batch], dtype=torch.int32, device="cuda")
         return {"key_lengths": lengths}
-    return {}
+    return {"is_causal": kind == "causal"}
 
 
 def call_of(q, k, v, *, attn_mask=None, is_causal=False, scale=None, key_lengths=None, layout="BHND"):
@@ -137,27 +142,30 @@ def reference(state, call):
     return attend(unpacked(state, call), mask, RECIPE, call.scale)
 
 
-def check(kernel, q, k, v, quality=QUALITY, **options):
+def check_attention(kernel, within, q, k, v, quality=QUALITY, **options):
     before = [x.clone() for x in (q, k, v)]
     call = call_of(q, k, v, **options)
     state = kernel.prepare(call)
-    poison = torch.full((q.numel() + 64,), SENTINEL, device="cuda", dtype=q.dtype)
+    poison = torch.full((q.numel() + 64,), torch.nan, device="cuda", dtype=q.dtype)
     del poison  # the caching allocator hands this memory to the output: what isn't written shows
     output, lse = kernel.run(state)
     assert all(torch.equal(x, y) for x, y in zip((q, k, v), before, strict=True)), "an input was changed"
-    assert output.dtype == q.dtype and not (output == SENTINEL).any()
+    assert output.dtype == q.dtype
     expected, expected_lse = reference(state, call)
     error = relative_l1(output, expected)
     assert torch.isfinite(output).all()
-    assert error < BOUND[q.dtype], error
+    within(error, BOUND[q.dtype])
     finite = torch.isfinite(expected_lse)
     assert torch.equal(finite, torch.isfinite(lse))
-    assert (lse - expected_lse)[finite].abs().max() < 2e-3 if finite.any() else True
+    if finite.any():  # one weight of few that crosses a boundary moves its row's sum by some percent
+        lse_error = (lse - expected_lse)[finite].abs()
+        assert lse_error.mean() < 1e-3
+        assert lse_error.max() < 0.1
     exact, _ = attention_fp32(
         q, k, v, attn_mask=call.attn_mask, is_causal=call.is_causal, scale=call.scale, key_lengths=call.key_lengths
     )
     assert relative_l1(output, exact) < quality
-    return output, error
+    return output
 
 
 LENGTHS = [(1, 1), (63, 63), (64, 64), (100, 100), (127, 127), (128, 128), (129, 129), (1000, 1000)]
@@ -165,48 +173,48 @@ CROSS = [(1, 1000), (100, 77), (257, 512), (1000, 64), (300, 1)]
 KINDS = ["plain", "causal", "bool", "blocks", "additive", "additive_16", "lengths"]
 
 
-@pytest.mark.parametrize("rows, keys", LENGTHS + CROSS)
+@pytest.mark.parametrize(("rows", "keys"), LENGTHS + CROSS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
-def test_attention_agrees_with_the_quantised_reference(kernel, head_dim, dtype, kind, rows, keys):
+def test_attention_agrees_with_the_quantised_reference(check, head_dim, dtype, kind, rows, keys):
     batch, heads, kv_heads = (3, 2, 1) if kind == "lengths" else (2, 4, 2)
     q, k, v = make_qkv(batch, heads, kv_heads, rows, keys, head_dim, dtype)
-    check(kernel, q, k, v, quality=math.inf, **make_options(kind, batch, heads, rows, keys))
+    check(q, k, v, quality=math.inf, **make_options(kind, batch, heads, rows, keys))
 
 
 @pytest.mark.parametrize("head_dim", [8, 40, 72, 80, 100, 120, 33])
 @pytest.mark.parametrize("kind", ["plain", "causal"])
-def test_other_head_dims_are_padded(kernel, head_dim, kind):
+def test_other_head_dims_are_padded(check, head_dim, kind):
     q, k, v = make_qkv(1, 3, 3, 200, 333, head_dim, torch.bfloat16)
-    check(kernel, q, k, v, **make_options(kind, 1, 3, 200, 333))
+    check(q, k, v, **make_options(kind, 1, 3, 200, 333))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_image_sized_sequences_agree(kernel, head_dim, is_causal):
+def test_image_sized_sequences_agree(check, head_dim, is_causal):
     q, k, v = make_qkv(1, 3, 3, 4608, 4608, head_dim, torch.bfloat16)
-    check(kernel, q, k, v, is_causal=is_causal)
+    check(q, k, v, is_causal=is_causal)
 
 
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 100.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_tensors_of_any_size_are_as_accurate(kernel, size, dtype):
+def test_tensors_of_any_size_are_as_accurate(check, size, dtype):
     q, k, v = make_qkv(1, 2, 2, 300, 300, 128, dtype, size=size if dtype == torch.bfloat16 else min(size, 1e3))
-    check(kernel, q, k, v, scale=128**-0.5 / size**2)
+    check(q, k, v, scale=128**-0.5 / size**2)
 
 
 @pytest.mark.parametrize("scale", [-0.1, 0.0, 1.0])
-def test_softmax_scale_is_honoured(kernel, scale):
+def test_softmax_scale_is_honoured(check, scale):
     q, k, v = make_qkv(1, 2, 2, 300, 300, 64, torch.bfloat16)
-    check(kernel, q, k, v, scale=scale, quality=0.6)
+    check(q, k, v, scale=scale, quality=0.6)
 
 
 @pytest.mark.parametrize("layout", ["BHND", "BNHD"])
 @pytest.mark.parametrize("view", ["transposed", "sliced", "head_dim_strided", "expanded"])
-def test_any_strides_give_the_same_result(kernel, layout, view):
+def test_any_strides_give_the_same_result(kernel, check, layout, view):
     q, k, v = make_qkv(2, 4, 4, 150, 150, 64, torch.bfloat16)
-    expected, _ = check(kernel, q, k, v)
+    expected = check(q, k, v)
     if view == "transposed":
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     elif view == "sliced":
@@ -215,7 +223,7 @@ def test_any_strides_give_the_same_result(kernel, layout, view):
         q, k, v = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v))
     else:
         k, v = k[:, :1].expand_as(k), v[:, :1].expand_as(v)
-        expected, _ = check(kernel, q, k.contiguous(), v.contiguous())
+        expected = check(q, k.contiguous(), v.contiguous())
     if layout == "BNHD":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     state = kernel.prepare(call_of(q, k, v, layout=layout))
@@ -223,9 +231,9 @@ def test_any_strides_give_the_same_result(kernel, layout, view):
     assert torch.equal(output, expected)
 
 
-def test_result_is_the_same_every_time(kernel):
+def test_result_is_the_same_every_time(kernel, check):
     q, k, v = make_qkv(2, 3, 3, 1000, 1000, 128, torch.bfloat16)
-    first, _ = check(kernel, q, k, v)
+    first = check(q, k, v)
     for _ in range(5):
         output, _ = kernel.run(kernel.prepare(call_of(q, k, v)))
         assert torch.equal(output, first)
@@ -267,7 +275,7 @@ def sequential_means(x, rows):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("head_dim", [64, 72, 96, 128, 33])
-@pytest.mark.parametrize("rows, keys", [(1, 1), (100, 333), (1000, 1000)])
+@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (100, 333), (1000, 1000)])
 def test_packed_operands_are_bit_for_bit_those_of_the_formats(kernel, rows, keys, head_dim, dtype):
     q, k, v = make_qkv(2, 4, 2, rows, keys, head_dim, dtype)
     lengths = torch.tensor([keys, max(1, keys // 2)], dtype=torch.int32, device="cuda")
@@ -288,15 +296,15 @@ def test_packed_operands_are_bit_for_bit_those_of_the_formats(kernel, rows, keys
     for mean, expected in zip((packed.key_means, packed.value_means), exact, strict=True):
         assert (mean[..., :head_dim] - expected).abs().max() < 1e-6 * expected.abs().max() + 1e-6
     key_scale, value_scale = (power_of_two_scale(x * valid) for x in (k, v))
-    key = torch.nn.functional.pad((k - packed.key_means[:, :, None, :head_dim]) * valid * key_scale, (0, 0, 0, 0))
-    value = (v - packed.value_means[:, :, None, :head_dim]) * valid * value_scale
+    key = ((k - packed.key_means[:, :, None, :head_dim]) * key_scale).where(valid, 0.0)
+    value = ((v - packed.value_means[:, :, None, :head_dim]) * value_scale).where(valid, 0.0)
     first = quantize_nvfp4(pad_groups(key))
     second = quantize_nvfp4(pad_groups(key - dequantize_nvfp4(first)[..., :head_dim]))
     transposed = quantize_nvfp4(pad_groups(value.transpose(-1, -2)))
     assert torch.equal(packed.keys_values, pack_key_value_tiles(first, second, transposed))
 
 
-def test_operands_take_little_memory(kernel):
+def test_operands_take_little_memory(kernel, within):
     q, k, v = make_qkv(1, 4, 4, 16384, 16384, 128, torch.bfloat16)
     kernel.run(kernel.prepare(call_of(q, k, v)))
     torch.cuda.synchronize()
@@ -306,4 +314,4 @@ def test_operands_take_little_memory(kernel):
     call = make_call(q, k, v, None, False, None, False, None, "BHND", "fp4", False, False)
     output, _ = kernel.run(kernel.prepare(call))
     extra = torch.cuda.max_memory_allocated() - before - output.numel() * 2
-    assert extra <= 0.40 * 3 * q.numel() * 2
+    within(extra / (3 * q.numel() * 2), 0.40)

@@ -1,34 +1,48 @@
-"""Command line: sage-kernels doctor."""
+"""Command line: sage-kernels doctor, sage-kernels selftest."""
 
 import argparse
-import platform
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
-from sage_kernels import __version__, capabilities
-
-
-def doctor() -> str:
-    """What this machine can run and why not the rest, as text to paste into a report."""
-    lines = [
-        f"sage_kernels {__version__}, torch {torch.__version__}, CUDA of torch {torch.version.cuda or 'none'}, "
-        f"Python {platform.python_version()}, {platform.system()}"
-    ]
-    for device in capabilities():
-        lines.append(f"{device.device}: {device.name}" + (f" ({device.architecture})" if device.architecture else ""))
-        lines.append(f"  runs: {', '.join(device.precisions)}")
-        lines += [f"  not {refusal}" for refusal in device.refusals]
-    if not torch.cuda.is_available():
-        lines.append("No CUDA GPU is visible to torch: install a CUDA build of torch and the GPU's driver to use one.")
-    return "\n".join(lines)
+from sage_kernels.architectures import device_architecture
+from sage_kernels.doctor import doctor
+from sage_kernels.selftest import selftest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the sage-kernels command."""
     parser = argparse.ArgumentParser(prog="sage-kernels", description="Low-bit attention for diffusion models")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="say what each device can run, and why not the rest")
-    parser.parse_args(arguments)
-    print(doctor())
-    return 0
+    commands.add_parser("doctor", help="say what each device can run, why not the rest, and what to do")
+    test = commands.add_parser("selftest", help="test and time the kernels on this machine's GPU, for a report")
+    test.add_argument("--output", type=Path, default=Path("sage_kernels_selftest.json"), help="file to write")
+    test.add_argument("--device", type=_gpu_number, default=0, help="number of the GPU (default: 0)")
+    test.add_argument("--no-timings", action="store_true", help="only test; takes seconds")
+    options = parser.parse_args(arguments)
+    if options.command == "doctor":
+        print(doctor())
+        return 0
+    device = torch.device("cuda", options.device)
+    if options.device >= torch.cuda.device_count() or device_architecture(device) is None:
+        print(
+            f"selftest: there is no NVIDIA GPU {options.device}; torch sees {torch.cuda.device_count()} GPUs. "
+            "In detail:"
+        )
+        print(doctor())
+        return 1
+    try:
+        passed = selftest(options.output, device, not options.no_timings)
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was written", file=sys.stderr)
+        return 130
+    return 0 if passed else 1
+
+
+def _gpu_number(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number

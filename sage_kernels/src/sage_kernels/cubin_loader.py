@@ -12,8 +12,8 @@ import torch
 
 from sage_kernels.architectures import device_architecture
 from sage_kernels.cubin_cache import CubinCache, cache_folder
-from sage_kernels.cubin_manifest import CubinManifest
-from sage_kernels.driver import Driver, KernelLoadError, cuda_driver
+from sage_kernels.cubin_manifest import Cubin, CubinManifest
+from sage_kernels.driver import Driver, DriverError, KernelLoadError, cuda_driver
 from sage_kernels.kernel_sources import build_key, collect_sources, source_folder, source_hashes
 from sage_kernels.kernel_variants import KernelVariant
 from sage_kernels.nvrtc import Nvrtc, find_nvrtc
@@ -108,16 +108,25 @@ class KernelLoader:
                 self._loaded[key] = LoadedKernel(self._driver, variant, index, cubin)
             return self._loaded[key]
 
-    def _cubin(self, variant: KernelVariant, arch: str, emulate: bool) -> bytes:
-        if not emulate and arch not in variant.archs:
-            raise KernelLoadError(f"{variant.name} is made for {', '.join(variant.archs)}, not for {arch}")
-        texts = collect_sources(self._sources, variant.source)
-        ready = None if emulate else self._manifest.find(variant, arch, source_hashes(texts))
+    def origin(self, variant: KernelVariant, arch: str) -> str:
+        """Where the kernel would come from; compiles nothing.
+
+        Raises:
+            KernelLoadError, DriverError: it can't be loaded; the message says what to do.
+        """
+        ready = self._ready_cubin(variant, arch, collect_sources(self._sources, variant.source))
         if ready is not None:
-            check_driver(self._driver.version(), ready.compiler, arch)
+            ready.read()
+            return f"ready in the package, by NVRTC {ready.compiler[0]}.{ready.compiler[1]}"
+        compiler = self._compiler(arch)
+        return f"compiled at first use, by {compiler.name}"
+
+    def _cubin(self, variant: KernelVariant, arch: str, emulate: bool) -> bytes:
+        texts = collect_sources(self._sources, variant.source)
+        ready = None if emulate else self._ready_cubin(variant, arch, texts)
+        if ready is not None:
             return ready.read()
-        compiler = self._find_compiler(arch)
-        check_driver(self._driver.version(), compiler.version, arch)
+        compiler = self._compiler(arch)
         options = variant.compile_options(arch, emulate)
         key = build_key(texts, options, str(compiler.version))
         cubin = self._cache.read(key)
@@ -125,6 +134,19 @@ class KernelLoader:
             cubin = _compile(compiler, variant, texts, options, arch)
             self._cache.write(key, cubin)
         return cubin
+
+    def _ready_cubin(self, variant: KernelVariant, arch: str, texts: dict[str, str]) -> Cubin | None:
+        if arch not in variant.archs:
+            raise KernelLoadError(f"{variant.name} is made for {', '.join(variant.archs)}, not for {arch}")
+        ready = self._manifest.find(variant, arch, source_hashes(texts))
+        if ready is not None:
+            check_driver(self._driver.version(), ready.compiler, arch)
+        return ready
+
+    def _compiler(self, arch: str) -> Nvrtc:
+        compiler = self._find_compiler(arch)
+        check_driver(self._driver.version(), compiler.version, arch)
+        return compiler
 
 
 def _compile(
@@ -179,3 +201,27 @@ def load_kernel(variant: KernelVariant, device: torch.device, emulate: bool = Fa
         raise ValueError(f"kernels load on NVIDIA GPUs, got device {device}")
     index = torch.cuda.current_device() if device.index is None else device.index
     return _default_loader().load(variant, index, architecture.target, emulate)
+
+
+@lru_cache
+def loading_obstacle(variant: KernelVariant, arch: str) -> str | None:
+    """Why the kernel can't be loaded on an architecture of this machine, or None; compiles nothing.
+
+    Args:
+        variant: the kernel.
+        arch: compilation target of the GPU, such as "sm_120a".
+    """
+    try:
+        _default_loader().origin(variant, arch)
+    except (KernelLoadError, DriverError) as error:
+        return str(error)
+    return None
+
+
+def kernel_origin(variant: KernelVariant, arch: str) -> str:
+    """Where a kernel comes from on this machine, in words.
+
+    Raises:
+        KernelLoadError, DriverError: it can't be loaded here.
+    """
+    return _default_loader().origin(variant, arch)

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from sage_kernels.int8_sm90_forms import FORMS, Int8Sm90Form
 
 _COMPILE_OPTIONS = (
     "--std=c++17",
+    "--device-as-default-execution-space",
     "--fmad=true",
     "--prec-div=true",
     "--prec-sqrt=true",
     "--ftz=false",
-    "--device-as-default-execution-space",
 )
 EMULATION_OPTION = "-DSAGE_EMULATE_FP4=1"
 
@@ -49,20 +50,73 @@ class KernelVariant:
     @property
     def name(self) -> str:
         """Unique among VARIANTS, such as "nvfp4_attention_d128_causal"."""
-        parts = [self.entry, f"d{self.head_dim}"]
+        return "_".join([self.entry, *self._distinctions()])
+
+    def cubin_name(self, arch: str) -> str:
+        """File name of its cubin for `arch`; kernels of one source and the same defines share one."""
+        return "_".join([self.source.partition(".")[0], *self._distinctions(), arch]) + ".cubin"
+
+    def _distinctions(self) -> list[str]:
+        parts = [f"d{self.head_dim}"]
         parts += ["causal"] if self.causal else []
         parts += [f"mask_{self.mask}"] if self.mask != "none" else []
         parts += [self.dtype] if self.dtype != "any" else []
-        return "_".join(parts)
-
-    def cubin_name(self, arch: str) -> str:
-        """File name of its cubin for `arch`."""
-        return f"{self.name}_{arch}.cubin"
+        return parts
 
     def compile_options(self, arch: str, emulate: bool = False) -> tuple[str, ...]:
         """Options of NVRTC: IEEE arithmetic, because every fast approximation is written out in the sources."""
         defines = tuple(f"-D{name}={value}" for name, value in self.defines)
         return (*_COMPILE_OPTIONS, f"-arch={arch}", *defines, *((EMULATION_OPTION,) if emulate else ()))
+
+
+_BLACKWELL = ("sm_120a", "sm_121a")
+NVFP4_HEAD_DIMS = (64, 96, 128)
+_NVFP4_SHARED_BYTES = {64: 9 * 11040, 96: 5 * 16928, 128: 5 * 17952}  # stages times their size, in nvfp4_attention.cu
+
+
+@lru_cache
+def nvfp4_attention_variant(head_dim: int, has_mask: bool) -> KernelVariant:
+    """FP4 attention; causality is a parameter of the kernel, a mask tensor another compilation."""
+    return KernelVariant(
+        family="nvfp4_attention",
+        source="nvfp4_attention.cu",
+        entry="nvfp4_attention",
+        defines=(("HEAD_DIM", head_dim), ("MASK", int(has_mask))),
+        head_dim=head_dim,
+        causal=False,
+        mask="tensor" if has_mask else "none",
+        dtype="any",
+        threads=384,
+        shared_bytes=_NVFP4_SHARED_BYTES[head_dim],
+        archs=_BLACKWELL,
+    )
+
+
+@lru_cache
+def nvfp4_prepare_variant(entry: str, head_dim: int) -> KernelVariant:
+    """Smoothing and quantising for it: `entry` is nvfp4_prepare_queries or nvfp4_prepare_keys_values."""
+    return KernelVariant(
+        family="nvfp4_prepare",
+        source="nvfp4_prepare.cu",
+        entry=entry,
+        defines=(("HEAD_DIM", head_dim),),
+        head_dim=head_dim,
+        causal=False,
+        mask="none",
+        dtype="any",
+        threads=256,
+        shared_bytes=0,
+        archs=_BLACKWELL,
+    )
+
+
+def _nvfp4_attention() -> tuple[KernelVariant, ...]:
+    return tuple(nvfp4_attention_variant(dim, mask) for dim in NVFP4_HEAD_DIMS for mask in (False, True))
+
+
+def _nvfp4_prepare() -> tuple[KernelVariant, ...]:
+    entries = ("nvfp4_prepare_queries", "nvfp4_prepare_keys_values")
+    return tuple(nvfp4_prepare_variant(entry, dim) for dim in NVFP4_HEAD_DIMS for entry in entries)
 
 
 def int8_sm90_attention_variant(form: Int8Sm90Form) -> KernelVariant:
@@ -120,6 +174,6 @@ def _int8_sm90() -> tuple[KernelVariant, ...]:
     return (*(int8_sm90_attention_variant(form) for form in FORMS), *quantizers)
 
 
-_FAMILIES: tuple[Callable[[], tuple[KernelVariant, ...]], ...] = (_int8_sm90,)
+_FAMILIES: tuple[Callable[[], tuple[KernelVariant, ...]], ...] = (_nvfp4_attention, _nvfp4_prepare, _int8_sm90)
 
 VARIANTS: tuple[KernelVariant, ...] = tuple(variant for family in _FAMILIES for variant in family())

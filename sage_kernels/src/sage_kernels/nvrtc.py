@@ -50,6 +50,9 @@ class Nvrtc:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if sys.platform == "win32":  # NVRTC finds this part of itself only on PATH or where it is loaded already
+            for builtins in path.parent.glob("nvrtc-builtins*.dll"):
+                ctypes.CDLL(str(builtins))
         self._library = ctypes.CDLL(str(path))
         for name, argument_types in _SIGNATURES.items():
             function = getattr(self._library, name)
@@ -64,6 +67,11 @@ class Nvrtc:
         major, minor = c_int(), c_int()
         self._check("nvrtcVersion", self._library.nvrtcVersion(byref(major), byref(minor)))
         return major.value, minor.value
+
+    @property
+    def name(self) -> str:
+        """Such as "NVRTC 12.8"."""
+        return f"NVRTC {self.version[0]}.{self.version[1]}"
 
     def supports(self, arch: str) -> bool:
         """Whether it can compile for `arch`, such as "sm_120a"."""
@@ -96,7 +104,7 @@ class Nvrtc:
         try:
             if self._library.nvrtcCompileProgram(program, len(options), _c_strings(options)):
                 raise KernelLoadError(
-                    f"{name} does not compile with NVRTC {self.version[0]}.{self.version[1]} ({self.path}) and "
+                    f"{name} does not compile with {self.name} ({self.path}) and "
                     f"{' '.join(options)}:\n{self._log(program)}"
                 )
             size = c_size_t()
@@ -170,7 +178,7 @@ def find_nvrtc(arch: str) -> Nvrtc:
             continue
         if supported:
             return nvrtc
-        found.append(f"{path} is NVRTC {nvrtc.version[0]}.{nvrtc.version[1]}, which doesn't know {arch}")
+        found.append(f"{path} is {nvrtc.name}, which doesn't know {arch}")
     raise KernelLoadError(
         f"no NVRTC that compiles for {arch}: {'; '.join(found) or 'searched ' + ', '.join(folders)}. Install the "
         "sage_kernels wheel, which needs no compiler, or a CUDA build of torch (CUDA 12.8 or newer for RTX 50)"

@@ -17,8 +17,8 @@ class Recipe:
         qk: format of Q and K along head_dim.
         pv: format of P and V along the tokens.
         smooth_q_rows: query rows that share a subtracted mean (SageAttention3's smooth Q); 0 subtracts nothing.
-        quantized_delta: delta_s, what smoothing Q took away, from a quantised mean and two quantised digits of K, so that
-            no 16-bit K is needed; what the mean loses by it stays in the rows. Else delta_s is exact.
+        quantized_delta: delta_s, what smoothing Q took away, from a quantised mean and two quantised digits of K, so
+            that no 16-bit K is needed; what the mean loses by it stays in the rows. Else delta_s is exact.
         smooth_k: subtract the mean key of each head.
         smooth_v: subtract the mean value of each head and add it back to the output; exact, since rows of P sum to one.
         recenter_v: what smoothing V adds back is the mean that the quantised values lack, rather than the mean that was

@@ -55,7 +55,7 @@ class QuantizedOperands:
 
 
 def power_of_two_scale(x: Tensor, rows: int = 0) -> Tensor:
-    """The power of two that brings the largest magnitude of each head, or of each `rows` tokens of it, into (672, 1344].
+    """The power of two that brings the largest magnitude of a head, or of each `rows` tokens of it, into (672, 1344].
 
     E4M3 group scales reach 448 * 6 = 2688; half of it is left free because subtracting a mean can double a magnitude.
     Zeros, and what holds a NaN or an infinity, get 1.
@@ -70,8 +70,9 @@ def power_of_two_scale(x: Tensor, rows: int = 0) -> Tensor:
     if x.numel() == 0:
         return x.new_ones((*x.shape[:2], x.shape[2] if rows else 1, 1), dtype=torch.float32)
     if rows:
-        blocks = torch.nn.functional.pad(x.float(), (0, 0, 0, -x.shape[2] % rows)).unflatten(2, (-1, rows))
-        absmax = group_absmax(blocks.flatten(-2)).repeat_interleave(rows, dim=2)[:, :, : x.shape[2]]
+        padded = torch.nn.functional.pad(x.float(), (0, 0, 0, -x.shape[2] % rows))
+        blocks = padded.reshape(*x.shape[:2], -1, rows * x.shape[3])
+        absmax = group_absmax(blocks).repeat_interleave(rows, dim=2)[:, :, : x.shape[2]]
     else:
         absmax = group_absmax(x.float().flatten(-2)).unsqueeze(-1)
     usable = absmax > 0

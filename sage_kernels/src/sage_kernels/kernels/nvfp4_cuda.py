@@ -1,6 +1,7 @@
 """FP4 attention in CUDA for sm_120a and sm_121a: csrc/nvfp4_prepare.cu and csrc/nvfp4_attention.cu."""
 
 import ctypes
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from sage_kernels.architectures import Architecture
 from sage_kernels.attention_call import AttentionCall
-from sage_kernels.cubin_loader import LoadedKernel, load_kernel
+from sage_kernels.cubin_loader import load_kernel
 from sage_kernels.formats.nvfp4_tiles import (
     KEY_TILE,
     MAX_HEAD_DIM,
@@ -31,7 +32,7 @@ _CHUNK_TOKENS = 256  # fewer would leave the blocks that collect statistics too 
 _STATISTICS_BLOCKS = 1024  # enough to fill any GPU
 _MAX_CHUNKS = 64
 _LOG2_E = 1.4426950408889634
-_ALIGNMENT = 256
+_ALIGNMENT = 64  # words
 _MASK_KINDS = {torch.bool: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 _MAX_GRID = 2**31 - 1
 
@@ -123,8 +124,8 @@ class NVFP4CudaKernel:
     """SageAttention3's FP4 attention.
 
     Attributes:
-        emulate_instructions: compile with the FP4 instructions emulated, so that the same source runs on other GPUs; for
-            tests.
+        emulate_instructions: compile with the FP4 instructions emulated, so that the same source runs on other GPUs;
+            for tests.
     """
 
     emulate_instructions: bool = False
@@ -191,7 +192,9 @@ class NVFP4CudaKernel:
             _pointer(lse),
             output.stride()[:3],
             state.mask_strides,
-            (0, 0) if seen is None else tuple(s if n > 1 else 0 for s, n in zip(seen.stride(), seen.shape[:2], strict=False)),
+            (0, 0)
+            if seen is None
+            else tuple(s if n > 1 else 0 for s, n in zip(seen.stride(), seen.shape[:2], strict=False)),
             batch,
             heads,
             packed.keys_values.shape[1],
@@ -206,7 +209,9 @@ class NVFP4CudaKernel:
             abs(state.scale) * _LOG2_E,
             state.scale,
         )
-        kernel = _load(nvfp4_attention_variant(value_dim(head_dim), state.mask is not None), device, self.emulate_instructions)
+        kernel = load_kernel(
+            nvfp4_attention_variant(value_dim(head_dim), state.mask is not None), device, self.emulate_instructions
+        )
         kernel.launch((min(batch * heads * query_tiles, _multiprocessors(kernel.device_index)), 1, 1), parameters)
         return output.to(state.dtype), lse
 
@@ -222,25 +227,32 @@ class NVFP4CudaKernel:
         device, batch, heads, kv_heads = call.device, call.batch, call.heads, call.kv_heads
         columns = value_dim(call.head_dim)
         query_tiles, key_tiles = -(-call.query_length // _QUERY_TILE), -(-call.key_length // KEY_TILE)
-        chunks = max(1, min(_MAX_CHUNKS, -(-call.key_length // _CHUNK_TOKENS), _STATISTICS_BLOCKS // (batch * kv_heads or 1)))
+        chunks = max(
+            1, min(_MAX_CHUNKS, -(-call.key_length // _CHUNK_TOKENS), _STATISTICS_BLOCKS // (batch * kv_heads or 1))
+        )
         chunk_tokens = -(-call.key_length // chunks)
-        seen_shape = None
+        queries = (batch, heads, query_tiles, MEANS_PER_TILE, query_block_words(call.head_dim))
+        means = (batch, heads, query_tiles, mean_tile_words(call.head_dim))
+        keys_values = (batch, kv_heads, key_tiles, key_value_tile_words(call.head_dim))
+        factors, head_factors, head_means = queries[:4], (batch, kv_heads), (batch, kv_heads, columns)
+        shapes = (queries, means, keys_values, factors, head_factors, head_factors, head_means, head_means)
+        pool = _Pool(device, sum(_Pool.words(*shape) for shape in shapes))
+        shifts = seen = None
+        if call.return_lse:
+            shifts = torch.empty((batch, heads, call.query_length), dtype=torch.float32, device=device)
         if mask is not None:
-            seen_shape = (mask.shape[0], mask.shape[1], query_tiles, key_tiles)
+            seen = torch.empty((*mask.shape[:2], query_tiles, key_tiles), dtype=torch.uint8, device=device)
         packed = PackedOperands(
-            *_allocate(
-                device,
-                ((batch, heads, query_tiles, MEANS_PER_TILE, query_block_words(call.head_dim)), torch.int32),
-                ((batch, heads, query_tiles, mean_tile_words(call.head_dim)), torch.int32),
-                ((batch, kv_heads, key_tiles, key_value_tile_words(call.head_dim)), torch.int32),
-                ((batch, heads, query_tiles, MEANS_PER_TILE), torch.float32),
-                ((batch, kv_heads), torch.float32),
-                ((batch, kv_heads), torch.float32),
-                ((batch, kv_heads, columns), torch.float32),
-                ((batch, kv_heads, columns), torch.float32),
-            ),
-            torch.empty((batch, heads, call.query_length), dtype=torch.float32, device=device) if call.return_lse else None,
-            None if seen_shape is None else torch.empty(seen_shape, dtype=torch.uint8, device=device),
+            queries=pool.take(torch.int32, *queries),
+            means=pool.take(torch.int32, *means),
+            keys_values=pool.take(torch.int32, *keys_values),
+            query_factors=pool.take(torch.float32, *factors),
+            key_factors=pool.take(torch.float32, *head_factors),
+            value_factors=pool.take(torch.float32, *head_factors),
+            key_means=pool.take(torch.float32, *head_means),
+            value_means=pool.take(torch.float32, *head_means),
+            lse_shifts=shifts,
+            tile_seen=seen,
         )
         if batch * heads * query_tiles == 0:
             return packed
@@ -281,15 +293,17 @@ class NVFP4CudaKernel:
             _has_vectors(query) and _has_vectors(key) and _has_vectors(value),
             -1.0 if call.scale < 0 else 1.0,
         )
-        queries = _load(nvfp4_prepare_variant("nvfp4_prepare_queries", columns), device, self.emulate_instructions)
-        queries.launch((batch * kv_heads * chunks * 2 + batch * heads * query_tiles, 1, 1), parameters)
+        first = load_kernel(nvfp4_prepare_variant("nvfp4_prepare_queries", columns), device, self.emulate_instructions)
+        first.launch((batch * kv_heads * chunks * 2 + batch * heads * query_tiles, 1, 1), parameters)
         blocks = batch * kv_heads * -(-key_tiles // _TILES_PER_BLOCK)
         if call.return_lse:
             blocks += batch * heads * -(-call.query_length // _SHIFT_ROWS)
         if packed.tile_seen is not None:
             blocks += packed.tile_seen.numel()
-        keys_values = _load(nvfp4_prepare_variant("nvfp4_prepare_keys_values", columns), device, self.emulate_instructions)
-        keys_values.launch((blocks, 1, 1), parameters)
+        second = load_kernel(
+            nvfp4_prepare_variant("nvfp4_prepare_keys_values", columns), device, self.emulate_instructions
+        )
+        second.launch((blocks, 1, 1), parameters)
         return packed
 
 
@@ -303,16 +317,23 @@ def _broadcast_mask(call: AttentionCall) -> tuple[Tensor | None, tuple[int, int,
     return mask, (strides[0], strides[1], strides[2], strides[3])
 
 
-def _allocate(device: torch.device, *wanted: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
-    """Tensors of these shapes and 4-byte dtypes in one allocation."""
-    words = [torch.Size(shape).numel() for shape, _ in wanted]
-    aligned = [-(-count // (_ALIGNMENT // 4)) * (_ALIGNMENT // 4) for count in words]
-    memory = torch.empty(sum(aligned), dtype=torch.int32, device=device)
-    pieces = memory.split(aligned)
-    return [
-        piece[:count].view(dtype).view(shape)
-        for piece, count, (shape, dtype) in zip(pieces, words, wanted, strict=True)
-    ]
+class _Pool:
+    """Hands out tensors of 4-byte dtypes from one allocation."""
+
+    def __init__(self, device: torch.device, words: int) -> None:
+        self._memory = torch.empty(words, dtype=torch.int32, device=device)
+        self._used = 0
+
+    @staticmethod
+    def words(*shape: int) -> int:
+        """What take() of this shape uses up: multiples of 256 bytes."""
+        return -(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
+
+    def take(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        """The next tensor, uninitialised."""
+        start = self._used
+        self._used += self.words(*shape)
+        return self._memory[start : start + math.prod(shape)].view(dtype).view(shape)
 
 
 def _empty_output(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -341,10 +362,6 @@ def _has_vectors(x: Tensor) -> bool:
 @lru_cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def _load(variant: Any, device: torch.device, emulate: bool) -> LoadedKernel:
-    return load_kernel(variant, device, emulate)
 
 
 KERNEL = NVFP4CudaKernel()
