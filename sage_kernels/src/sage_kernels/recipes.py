@@ -26,8 +26,10 @@ class Recipe:
         key_block: keys that one step of the online softmax takes.
         rescale_threshold: the output is rescaled only when the row maximum has grown by more than this many powers of
             two; P is stretched that much less, to keep headroom.
-        linear_exp_of_8: of every eight weights, how many (the last ones) are rounded to E2M1 through a straight line
-            between powers of two in place of an exponential: it costs no special-function instruction.
+        linear_exp_of_8: of every eight weights, how many come from a straight line between powers of two in place of an
+            exponential, which costs no special-function instruction: the last ones where they are rounded to E2M1,
+            evenly spread ones where they are rounded to E4M3.
+        quantized_row_sum: weights are divided by the sum of what they were rounded to, else by the sum before rounding.
         int8_rows: query rows and key rows that share an INT8 scale.
     """
 
@@ -41,6 +43,7 @@ class Recipe:
     key_block: int = 128
     rescale_threshold: float = 0.0
     linear_exp_of_8: int = 0
+    quantized_row_sum: bool = True
     int8_rows: tuple[int, int] = (1, 128)
 
 
