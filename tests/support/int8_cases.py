@@ -1,5 +1,7 @@
 """Calls of the INT8 kernels, and what they are compared with; for Triton's interpreter and for GPUs alike."""
 
+import random
+
 import torch
 
 from sage_kernels.attention_call import make_call
@@ -85,3 +87,22 @@ def compare(kernel, q, k, v, *, layout="BHND", **options):
     assert torch.equal(lse == -torch.inf, expected_lse == -torch.inf)
     lse_error = (lse - expected_lse)[finite].abs().max().item() if finite.any() else 0.0
     return output, relative_l1(output, expected), relative_l1(output, exact), lse_error
+
+
+def random_case(number, device):
+    """Precision, q, k, v and options of a call whose sizes, strides, mask and scale follow from `number`."""
+    rng = random.Random(number)
+    batch, kv_heads, group = rng.randint(1, 3), rng.randint(1, 3), rng.choice([1, 1, 2, 3])
+    heads, head_dim = kv_heads * group, rng.choice([40, 64, 64, 96, 128, 128])
+    rows, keys = (rng.choice([1, rng.randint(2, 70), rng.randint(71, 700)]) for _ in range(2))
+    dtype = rng.choice([torch.bfloat16, torch.float16, torch.float32])
+    q, k, v = make_qkv(batch, heads, kv_heads, rows, keys, head_dim, dtype, device, seed=number)
+    if rng.random() < 0.3:
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    if rng.random() < 0.1:
+        k = torch.nn.functional.pad(k, (1, 2, 3, 4))[:, :, 3:-4, 1:-2]
+    kind = rng.choice(KINDS)
+    options = make_options(kind, batch, heads, rows, keys, device, seed=number)
+    if rng.random() < 0.2:
+        options["scale"] = rng.choice([-0.1, 0.05, 0.2])
+    return rng.choice(["int8", "int8_fp16"]), (q, k, v), options, f"{kind} {[*q.shape]} {[*k.shape]} {dtype}"

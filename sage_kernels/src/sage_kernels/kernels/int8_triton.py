@@ -16,6 +16,7 @@ from sage_kernels.architectures import Architecture, device_architecture
 from sage_kernels.attention_call import AttentionCall
 from sage_kernels.kernels.int8_configs import AttentionConfig, find_config
 from sage_kernels.kernels.int8_operands import TOKEN_TILE, Int8Operands
+from sage_kernels.kernels.tensor_layout import empty_output
 from sage_kernels.precision import Precision
 from sage_kernels.recipes import RECIPES, Recipe
 
@@ -205,12 +206,7 @@ def _attend(state: _State) -> tuple[Tensor, Tensor | None]:
     operands, config = state.operands, state.config
     shape = (state.batch, state.heads, state.query_length)
     device = operands.query.device
-    if state.layout == "BNHD":
-        output = torch.empty(
-            (state.batch, state.query_length, state.heads, state.head_dim), dtype=state.dtype, device=device
-        ).transpose(1, 2)
-    else:
-        output = torch.empty((*shape, state.head_dim), dtype=state.dtype, device=device)
+    output = empty_output((*shape, state.head_dim), state.layout, state.dtype, device)
     lse = torch.empty(shape, dtype=torch.float32, device=device) if state.return_lse else None
     if output.numel() == 0:
         return output, lse
