@@ -1,5 +1,7 @@
 """The Triton INT8 kernels in Triton's interpreter, against formats/ bit by bit and against the quantised reference."""
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -15,8 +17,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these kernels compiled")
 
 CPU = torch.device("cpu")
-# Relative L1 to the quantised reference: the output's rounding to bfloat16 is 1.4e-3, to float16 1.8e-4. Beyond it, a sum
-# in another order carries a weight of P across a rounding boundary now and then.
+# Relative L1 to the quantised reference: the output's rounding to bfloat16 is 1.4e-3, to float16 1.8e-4. Beyond it, a
+# sum in another order carries a weight of P across a rounding boundary now and then.
 BOUND = {torch.bfloat16: 2e-3, torch.float16: 6e-4, torch.float32: 5e-4}
 LSE_BOUND = 1.5e-3  # one such weight of about a hundred, by the 1/16 that E4M3 values are apart
 # Against exact attention; worst of the cases below 0.024 and 0.0098.
@@ -48,7 +50,7 @@ def test_every_kind_of_call_agrees_with_the_reference(kernel, kind):
     check(kernel, q, k, v, **make_options(kind, batch, 2, 70, 200, CPU))
 
 
-@pytest.mark.parametrize("rows, keys", [(1, 1), (1, 300), (127, 128), (129, 129), (300, 2)])
+@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (1, 300), (127, 128), (129, 129), (300, 2)])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_every_length_agrees_with_the_reference(kernel, rows, keys, is_causal):
     q, k, v = make_qkv(1, 2, 2, rows, keys, 32, torch.float16, CPU)
@@ -164,8 +166,7 @@ def test_operands_are_bit_by_bit_those_of_the_formats(kernel, lengths):
 
 
 def test_a_call_takes_two_launches_to_prepare_and_one_to_run(kernel, monkeypatch):
-    from triton.runtime import interpreter
-
+    interpreter = import_module("triton.runtime.interpreter")
     launches = []
     launch = interpreter.GridExecutor.__call__
 

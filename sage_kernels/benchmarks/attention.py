@@ -1,11 +1,11 @@
-"""Attention at the sizes of seven models: the rungs of this package, torch's kernels, and sageattention where installed.
+"""Attention at the sizes of seven models: rungs of this package, torch's kernels, sageattention where installed.
 
     PYTHONPATH=sage_kernels/src python sage_kernels/benchmarks/attention.py
     python sage_kernels/benchmarks/attention.py --plot    # draws the result file again, without a GPU
 
 Q, K and V are random in bfloat16, K with a bias for each head, as in diffusion models. Methods take turns on the same
-tensors; times are medians. "whole_call" includes quantisation, "kernel_only" does not. The error is relative L1 to exact
-attention in float32, over rows spread evenly over the sequence of two heads.
+tensors; times are medians. "whole_call" includes quantisation, "kernel_only" does not. The error is relative L1 to
+exact attention in float32, over rows spread evenly over the sequence of two heads.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def measure_shape(
                 first,
                 *(method.make(each, shape.is_causal) for each in inputs[1:]),
             ]
-        except RuntimeError as reason:
+        except (RuntimeError, ValueError, TypeError, AssertionError) as reason:  # of any of the packages
             print(f"{shape}: no {method.name}: {str(reason).splitlines()[0][:120]}")
             continue
         rows.append({"benchmark": method.benchmark, "shape": shape.name, "method": method.name, "rel_l1": error})

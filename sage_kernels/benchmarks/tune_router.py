@@ -76,7 +76,8 @@ def measure_class(head_dim: int, is_causal: bool, seconds: float, device: torch.
         found = time_in_turns(methods, seconds, device)
         for name, ms in found.items():
             times.setdefault(name, []).append(ms)
-        print(f"D{head_dim} {'causal ' * is_causal}N{length}:", *(f"{n} {ms:.3f}" for n, ms in found.items()), flush=True)
+        line = ", ".join(f"{name} {ms:.3f} ms" for name, ms in found.items())
+        print(f"D{head_dim} {'causal ' * is_causal}N{length}: {line}", flush=True)
     complete = {name: ms for name, ms in times.items() if len(ms) == len(LENGTHS)}
     return {"head_dim": head_dim, "is_causal": is_causal, "heads": HEADS, "lengths": LENGTHS, "ms": complete}
 

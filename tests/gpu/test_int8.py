@@ -1,4 +1,4 @@
-"""The Triton INT8 kernels on a GPU, against the quantised reference; the CUDA kernel for sm_90a has tests of its own."""
+"""The Triton INT8 kernels on a GPU, against the quantised reference; the one for sm_90a has tests of its own."""
 
 import multiprocessing
 import os
@@ -19,9 +19,9 @@ pytestmark = [
 ]
 
 CUDA = torch.device("cuda")
-# Relative L1 to the quantised reference: the output's rounding to bfloat16 is 1.4e-3, to float16 1.8e-4. Beyond it, sums
-# in another order and the special-function unit's last bits carry one weight in hundreds across a rounding boundary, and
-# FP8 tensor cores add up with 14 bits.
+# Relative L1 to the quantised reference: the output's rounding to bfloat16 is 1.4e-3, to float16 1.8e-4. Beyond it,
+# sums in another order and the special-function unit's last bits carry one weight in hundreds across a rounding
+# boundary, and FP8 tensor cores add up with 14 bits.
 BOUND = {torch.bfloat16: 4e-3, torch.float16: 3.5e-3, torch.float32: 3.5e-3}
 LSE_BOUND = 3e-3
 QUALITY = {"int8": 0.05, "int8_fp16": 0.02}  # relative L1 to exact attention, as INT8 and E4M3 have it on such data
@@ -76,7 +76,7 @@ def check(kernel, within):
     return check
 
 
-@pytest.mark.parametrize("rows, keys", LENGTHS)
+@pytest.mark.parametrize(("rows", "keys"), LENGTHS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_every_kind_of_call_agrees_with_the_reference(check, kind, head_dim, rows, keys):

@@ -18,8 +18,8 @@ pytestmark = [
 ]
 
 CASES, CASES_PER_TEST = 500, 20
-# Relative L1 to the quantised reference. Few weights make up a short row, and each that rounds the other way moves it by
-# up to 1/16; a mask, a length or a stride that was not honoured moves it by far more.
+# Relative L1 to the quantised reference. Few weights make up a short row, and each that rounds the other way moves it
+# by up to 1/16; a mask, a length or a stride that was not honoured moves it by far more.
 BOUND = 0.03
 # Relative L1 to exact attention: that of the reference by this factor, and this much more.
 EXACT_FACTOR, EXACT_MARGIN = 1.2, 0.01

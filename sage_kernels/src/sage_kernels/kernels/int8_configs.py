@@ -1,19 +1,26 @@
 """Block sizes of the Triton INT8 attention kernel, one row per architecture and shape class.
 
-Fixed, because a search at run time would stall the first call of every shape. Rows are found by
-`python -m sage_kernels.benchmarks.tune_int8`.
+Fixed, because a search at run time would stall the first call of every shape.
+`python sage_kernels/benchmarks/tune_int8.py` times candidates on the GPU at hand.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from sage_kernels.architectures import Architecture
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Query rows and keys of one step, warps of a program, and loads in flight.
+    """How one program works.
 
-    partial_sums: add up P V of each step in float32, because Hopper's FP8 accumulators hold only 14 bits.
+    Attributes:
+        block_m, block_n: query rows of a program, keys of a step.
+        warps: of a program.
+        stages: steps whose keys and values are loaded ahead.
+        partial_sums: add up P V of each step in float32, because Hopper's FP8 accumulators hold only 14 bits.
+        row_sum: of the weights as they are rounded for P V; of those before rounding; or of the rounded ones, added up
+            by the tensor cores as one more product with ones.
     """
 
     block_m: int
@@ -21,7 +28,7 @@ class AttentionConfig:
     warps: int
     stages: int
     partial_sums: bool = False
-    sum: int = 0
+    row_sum: Literal["rounded", "unrounded", "ones"] = "rounded"
 
 
 def find_config(architecture: Architecture | None, block_d: int, mask_bytes: int = 0) -> AttentionConfig:

@@ -1,4 +1,4 @@
-"""What the INT8 kernels compute on: the quantised Q, K and V of one call, as every kernel of the family lays them out."""
+"""What the Triton INT8 kernels compute on: the quantised Q, K and V of one call."""
 
 from dataclasses import dataclass
 

@@ -70,7 +70,12 @@ class Int8TritonKernel:
     def recipe(self, call: AttentionCall) -> Recipe:
         """What this call computes, for comparison with `reference.quantized_attention`."""
         fp8 = self._uses_fp8(call)
-        return replace(RECIPES["int8" if fp8 else "int8_fp16"], key_block=_config(call).block_n)
+        config = _config(call)
+        return replace(
+            RECIPES["int8" if fp8 else "int8_fp16"],
+            key_block=config.block_n,
+            quantized_row_sum=config.row_sum != "unrounded",
+        )
 
     def prepare(self, call: AttentionCall) -> _State:
         """Two launches: statistics of K and V, then codes and scales of Q, K and V."""
@@ -112,7 +117,7 @@ def _config(call: AttentionCall) -> AttentionConfig:
 
 
 def _quantize(call: AttentionCall, block_d: int, fp8: bool) -> Int8Operands:
-    from sage_kernels.kernels.triton_int8 import quantize
+    from sage_kernels.kernels.triton_int8 import quantize  # noqa: PLC0415 as the module says
 
     query_heads, kv_heads = call.batch * call.heads, call.batch * call.kv_heads
     query_tiles, key_tiles = -(-call.query_length // TOKEN_TILE), -(-call.key_length // TOKEN_TILE)
@@ -201,7 +206,7 @@ def _quantize(call: AttentionCall, block_d: int, fp8: bool) -> Int8Operands:
 
 
 def _attend(state: _State) -> tuple[Tensor, Tensor | None]:
-    from sage_kernels.kernels.triton_int8 import attend
+    from sage_kernels.kernels.triton_int8 import attend  # noqa: PLC0415 as the module says
 
     operands, config = state.operands, state.config
     shape = (state.batch, state.heads, state.query_length)
@@ -246,7 +251,7 @@ def _attend(state: _State) -> tuple[Tensor, Tensor | None]:
         WITH_LSE=state.return_lse,
         FP8=state.fp8,
         PARTIAL_SUMS=config.partial_sums,
-        SUM=config.sum,
+        ROW_SUM=config.row_sum,
         num_warps=config.warps,
         num_stages=config.stages,
         enable_fp_fusion=True,
@@ -274,7 +279,7 @@ def _block_d(head_dim: int) -> int:
 
 
 def _chunks(kv_heads: int, steps: int) -> int:
-    """Pieces of a head's tokens that launch 1 sums up side by side: enough to fill a GPU, few enough to add up again."""
+    """Pieces of a head's tokens that launch 1 sums up side by side: enough to fill a GPU, few enough to add up."""
     wanted = 16 if kv_heads >= 24 else 32
     return min(wanted, 1 << (steps - 1).bit_length())
 

@@ -1,7 +1,7 @@
 """The attention kernel of the INT8 rungs: INT8 Q K^T, online softmax, P V in FP8 E4M3 or FP16.
 
-One program has BLOCK_M query rows of one head and walks over its keys in tiles of BLOCK_N. Operands are padded with zero
-codes to whole tiles, so that their loads need no masks; only tiles on an edge (causality, length) mask scores.
+One program has BLOCK_M query rows of one head and walks over its keys in tiles of BLOCK_N. Operands are padded with
+zero codes to whole tiles, so that their loads need no masks; only tiles on an edge (causality, length) mask scores.
 """
 
 import triton
@@ -64,7 +64,7 @@ def _walk(
     MAY_BE_EMPTY: tl.constexpr,
     FP8: tl.constexpr,
     PARTIAL_SUMS: tl.constexpr,
-    SUM: tl.constexpr,
+    ROW_SUM: tl.constexpr,
 ):
     """Online softmax over key tiles first to last - 1; EDGE tiles may hold keys that some row must not see."""
     lanes = tl.arange(0, BLOCK_N)
@@ -100,9 +100,9 @@ def _walk(
             p = weights.to(tl.float16)
             v = tl.load(value_codes + row_offset + (lanes[:, None] * BLOCK_D + columns[None, :]))
             accumulator = tl.dot(p, v, accumulator)
-        if SUM == 0:
+        if ROW_SUM == "rounded":
             row_sum = row_sum * rescale + tl.sum(p.to(tl.float32), 1)
-        elif SUM == 1:
+        elif ROW_SUM == "unrounded":
             row_sum = row_sum * rescale + tl.sum(weights, 1)
         else:
             ones = tl.full([BLOCK_N, 16], 1.0, tl.float32).to(p.dtype)
@@ -126,7 +126,7 @@ _SIZES = [
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def attend(
+def attend(  # noqa: PLR0915 one program: what is shared by its parts is most of its arguments
     query_codes,
     query_scales,
     key_codes,
@@ -165,7 +165,7 @@ def attend(
     WITH_LSE: tl.constexpr,
     FP8: tl.constexpr,
     PARTIAL_SUMS: tl.constexpr,
-    SUM: tl.constexpr,
+    ROW_SUM: tl.constexpr,
 ):
     """softmax(Q K^T * softmax_scale + mask) V for BLOCK_M rows of one head; LSE in natural log."""
     program = tl.program_id(0)
@@ -204,12 +204,12 @@ def attend(
     accumulator, row_sum, row_max = _walk(
         accumulator, row_sum, row_max, q, query_factor, key_codes, key_scales, value_codes, value_row_stride,
         mask, mask_column_stride, rows, keys_end, 0, full,
-        BLOCK_D, BLOCK_M, BLOCK_N, False, CAUSAL, MASK, may_be_empty, FP8, PARTIAL_SUMS, SUM,
+        BLOCK_D, BLOCK_M, BLOCK_N, False, CAUSAL, MASK, may_be_empty, FP8, PARTIAL_SUMS, ROW_SUM,
     )  # fmt: skip
     accumulator, row_sum, row_max = _walk(
         accumulator, row_sum, row_max, q, query_factor, key_codes, key_scales, value_codes, value_row_stride,
         mask, mask_column_stride, rows, keys_end, full, last,
-        BLOCK_D, BLOCK_M, BLOCK_N, True, CAUSAL, MASK, may_be_empty, FP8, PARTIAL_SUMS, SUM,
+        BLOCK_D, BLOCK_M, BLOCK_N, True, CAUSAL, MASK, may_be_empty, FP8, PARTIAL_SUMS, ROW_SUM,
     )  # fmt: skip
 
     empty = row_sum == 0

@@ -164,7 +164,7 @@ _SIZES = [
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def quantize(
+def quantize(  # noqa: PLR0915 one launch: its three parts share most of their arguments
     query,
     key,
     value,
@@ -220,9 +220,7 @@ def quantize(
         padded = query_tiles.to(tl.int64) * TILE
         # A negative softmax scale goes into the codes: the kernel's running maximum needs positive factors.
         signed = x * query_sign
-        _store_int8(
-            signed, rows, query_codes + head * padded * BLOCK_D, query_scales + head * padded, BLOCK_D, False
-        )
+        _store_int8(signed, rows, query_codes + head * padded * BLOCK_D, query_scales + head * padded, BLOCK_D, False)
         if WITH_SHIFT:
             length = _valid_keys(lengths, batch, key_length, HAS_LENGTHS)
             kv_head = batch * kv_heads + query_head // (heads // kv_heads)
