@@ -8,6 +8,7 @@ import torch
 
 import sage_kernels
 from int8_cases import KINDS, call_of, compare, make_options, make_qkv, relative_l1, run
+from int8_workers import call_once
 from sage_kernels.architectures import device_architecture
 from sage_kernels.kernels.int8_triton import KERNELS
 
@@ -38,12 +39,7 @@ def compiled_ahead():
     if not torch.cuda.is_available():
         return
     with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count() or 1)) as pool:
-        pool.starmap(call_once, [(index, *call) for index in range(len(KERNELS)) for call in CALLS], chunksize=1)
-
-
-def call_once(index, kind, head_dim, dtype):
-    q, k, v = make_qkv(2, 4, 2, 100, 112, head_dim, dtype, CUDA)
-    run(KERNELS[index], call_of(q, k, v, KERNELS[index].precision, **make_options(kind, 2, 4, 100, 112, CUDA)))
+        pool.starmap(call_once, [(index, CUDA, *call) for index in range(len(KERNELS)) for call in CALLS], chunksize=1)
 
 
 @pytest.fixture(params=KERNELS, ids=lambda kernel: kernel.precision)

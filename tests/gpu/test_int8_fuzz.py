@@ -6,10 +6,7 @@ import os
 import pytest
 import torch
 
-import sage_kernels
-from int8_cases import call_of, random_case, relative_l1
-from sage_kernels.kernels import find_kernel
-from sage_kernels.reference import attention_fp32, quantized_attention
+from int8_workers import run_random_case
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,42 +15,13 @@ pytestmark = [
 ]
 
 CASES, CASES_PER_TEST = 500, 20
-# Relative L1 to the quantised reference. Few weights make up a short row, and each that rounds the other way moves it
-# by up to 1/16; a mask, a length or a stride that was not honoured moves it by far more.
-BOUND = 0.03
-# Relative L1 to exact attention: that of the reference by this factor, and this much more.
-EXACT_FACTOR, EXACT_MARGIN = 1.2, 0.01
-
-
-def run_case(number, device):
-    """What happened: (description, None or what is wrong, error, bound)."""
-    torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    precision, (q, k, v), options, description = random_case(number, device)
-    arguments = {**options, "precision": precision, "enable_gqa": True}
-    decision = sage_kernels.explain(q, k, v, return_lse=True, **arguments)
-    description = f"{number}: {decision.kernel} {description} scale {options.get('scale')}"
-    output, lse = sage_kernels.attention(q, k, v, return_lse=True, **arguments)
-    recipe = find_kernel(decision.kernel).recipe(call_of(q, k, v, precision, **options))
-    operands = [x.bfloat16() for x in (q, k, v)] if q.dtype == torch.float32 else (q, k, v)
-    expected, expected_lse = quantized_attention(*operands, recipe, **options)
-    exact, _ = attention_fp32(*operands, **options)
-    if not torch.isfinite(output).all():
-        return description, "output is not finite", 0.0, BOUND
-    if not torch.equal(lse == -torch.inf, expected_lse == -torch.inf):
-        return description, "LSE marks other rows as empty", 0.0, BOUND
-    finite = torch.isfinite(expected_lse)
-    lse_error = (lse - expected_lse)[finite].abs().max().item() if finite.any() else 0.0
-    limit = EXACT_FACTOR * relative_l1(expected, exact) + EXACT_MARGIN
-    errors = ((relative_l1(output, expected), BOUND), (lse_error, 0.05), (relative_l1(output, exact), limit))
-    return (description, None, *max(errors, key=lambda pair: pair[0] / pair[1]))
 
 
 @pytest.fixture(scope="module")
 def results():
     """All cases, on all cores: most of the time goes into compiling."""
     with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count() or 1)) as pool:
-        return pool.starmap(run_case, [(number, "cuda") for number in range(CASES)], chunksize=1)
+        return pool.starmap(run_random_case, [(number, "cuda") for number in range(CASES)], chunksize=1)
 
 
 @pytest.mark.parametrize("first", range(0, CASES, CASES_PER_TEST))
