@@ -4,7 +4,6 @@ import ast
 import importlib
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
 from sage_kernels.cubin_cache import CubinCache
 from sage_kernels.kernel_sources import source_folder
@@ -51,12 +49,6 @@ class NodeSchema:
     description: str
     inputs: tuple[InputSchema, ...]
     source: Path
-
-
-def pytest_configure() -> None:
-    """Without a GPU, Triton kernels run in its interpreter, which has to be said before Triton is imported."""
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
