@@ -260,3 +260,11 @@ def test_no_query_rows_give_an_empty_result():
         output, lse = quantized_attention(q, k, v, recipe)
         assert output.shape == (2, 4, 0, 64)
         assert lse.shape == (2, 4, 0)
+
+
+def test_key_lengths_beyond_the_keys_are_all_keys():
+    q, k, v = (torch.randn(1, 2, 40, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    plain, plain_lse = quantized_attention(q, k, v, RECIPES["fp4"])
+    beyond, beyond_lse = quantized_attention(q, k, v, RECIPES["fp4"], key_lengths=torch.tensor([55], dtype=torch.int32))
+    assert torch.allclose(plain, beyond)
+    assert torch.allclose(plain_lse, beyond_lse)

@@ -1,4 +1,4 @@
-// Sizes of the packed operand images (formats/nvfp4_tiles.py defines their contents).
+// Sizes of the packed operand images (formats/nvfp4_tiles.py defines their contents), and the kinds of masks.
 #pragma once
 
 #include "ptx.cuh"
@@ -6,6 +6,8 @@
 #ifndef HEAD_DIM
 #error "compile with -DHEAD_DIM=64, 96 or 128"
 #endif
+
+enum MaskKind : int { MASK_BOOL = 0, MASK_F32 = 1, MASK_F16 = 2, MASK_BF16 = 3 };
 
 constexpr u32 GROUP = 16;        // elements that share a scale
 constexpr u32 QUERY_BLOCK = 32;  // query rows that one warp holds and that share a mean

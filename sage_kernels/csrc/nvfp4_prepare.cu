@@ -12,8 +12,6 @@ constexpr u32 LANE_CHANNELS = CONTRACTION / WARP;  // of one row
 constexpr u32 TILES_PER_BLOCK = 4;                 // key tiles
 constexpr u32 SHIFT_ROWS = 64;                     // rows of LSE shifts that one block computes
 
-enum MaskKind : int { MASK_BOOL = 0, MASK_F32 = 1, MASK_F16 = 2, MASK_BF16 = 3 };
-
 struct Operand {
   const u16* data;
   i64 strides[4];  // of B, H, N and D, in elements

@@ -245,7 +245,7 @@ def _token_mean(x: Tensor, key_lengths: Tensor | None) -> Tensor:
     """Mean over the valid tokens, [B, H, 1, D]; tokens beyond key_lengths are zero already."""
     if key_lengths is None:
         return x.mean(dim=2, keepdim=True)
-    return x.sum(dim=2, keepdim=True) / key_lengths.clamp(min=1)[:, None, None, None]
+    return x.sum(dim=2, keepdim=True) / key_lengths.clamp(1, x.shape[2])[:, None, None, None]
 
 
 def _subtract_from_tokens(x: Tensor, mean: Tensor, key_lengths: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ import ctypes
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from sage_kernels.architectures import Architecture
 from sage_kernels.attention_call import AttentionCall
-from sage_kernels.cubin_loader import load_kernel
+from sage_kernels.cubin_loader import load_kernel, loading_obstacle
 from sage_kernels.formats.nvfp4_tiles import (
     KEY_TILE,
     MAX_HEAD_DIM,
@@ -78,8 +79,8 @@ class _AttentionParameters(ctypes.Structure):
 
 
 @dataclass(frozen=True, eq=False)
-class PackedOperands:
-    """Q, K and V in NVFP4, and what restores them; layouts in formats/nvfp4_tiles.py. Float tensors are float32.
+class PackedTensors:
+    """Views of `PackedOperands`; layouts in formats/nvfp4_tiles.py. Float tensors are float32.
 
     Attributes:
         queries: int32 [B, H, query tiles, 8, words], one image for 32 rows.
@@ -88,8 +89,6 @@ class PackedOperands:
         query_factors: [B, H, query tiles, 8], what one unit of the packed Q is worth.
         key_factors, value_factors: [B, Hkv].
         key_means, value_means: [B, Hkv, D padded].
-        lse_shifts: [B, H, Nq], q . mean(k), or None.
-        tile_seen: uint8 [mask B, mask H, query tiles, key tiles], whether a mask leaves anything to see, or None.
     """
 
     queries: Tensor
@@ -100,8 +99,63 @@ class PackedOperands:
     value_factors: Tensor
     key_means: Tensor
     value_means: Tensor
-    lse_shifts: Tensor | None
-    tile_seen: Tensor | None
+
+
+class PackedOperands:
+    """Q, K and V in NVFP4, and what restores them, in one allocation; kernels take addresses, which cost no host time.
+
+    Attributes:
+        query_tiles, key_tiles: of 256 rows and of 64 keys.
+        queries ... value_means: addresses of what `PackedTensors` describes.
+        lse_shifts: float32 [B, H, Nq], q . mean(k), or None.
+        tile_seen: uint8 [mask B, mask H, query tiles, key tiles], whether a mask leaves anything to see, or None.
+    """
+
+    def __init__(self, call: AttentionCall, mask: Tensor | None) -> None:
+        device, columns = call.device, value_dim(call.head_dim)
+        self.query_tiles = query_tiles = -(-call.query_length // _QUERY_TILE)
+        self.key_tiles = key_tiles = -(-call.key_length // KEY_TILE)
+        rows, kv_heads = (call.batch, call.heads, query_tiles), (call.batch, call.kv_heads)
+        self._shapes = (
+            (*rows, MEANS_PER_TILE, query_block_words(call.head_dim)),
+            (*rows, mean_tile_words(call.head_dim)),
+            (*kv_heads, key_tiles, key_value_tile_words(call.head_dim)),
+            (*rows, MEANS_PER_TILE),
+            kv_heads,
+            kv_heads,
+            (*kv_heads, columns),
+            (*kv_heads, columns),
+        )
+        ends = list(accumulate(-(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT for shape in self._shapes))
+        self._starts = (0, *ends[:-1])
+        self._memory = torch.empty(ends[-1], dtype=torch.int32, device=device)
+        self.lse_shifts = self.tile_seen = None
+        if call.return_lse:
+            shape = (call.batch, call.heads, call.query_length)
+            self.lse_shifts = torch.empty(shape, dtype=torch.float32, device=device)
+        if mask is not None:
+            self.tile_seen = torch.empty((*mask.shape[:2], query_tiles, key_tiles), dtype=torch.uint8, device=device)
+        base = self._memory.data_ptr()
+        (
+            self.queries,
+            self.means,
+            self.keys_values,
+            self.query_factors,
+            self.key_factors,
+            self.value_factors,
+            self.key_means,
+            self.value_means,
+        ) = (base + 4 * start for start in self._starts)
+
+    def tensors(self) -> PackedTensors:
+        """The operands as tensors."""
+        dtypes = (torch.int32,) * 3 + (torch.float32,) * 5
+        return PackedTensors(
+            *(
+                self._memory[start : start + math.prod(shape)].view(dtype).view(shape)
+                for start, shape, dtype in zip(self._starts, self._shapes, dtypes, strict=True)
+            )
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +166,8 @@ class _State:
     key_lengths: Tensor | None
     key_length: int
     shape: tuple[int, int, int, int]
+    kv_heads: int
+    device: torch.device
     is_causal: bool
     scale: float
     layout: str
@@ -142,7 +198,7 @@ class NVFP4CudaKernel:
         blocks = call.batch * call.heads * (call.query_length + call.key_length)
         if blocks > _MAX_GRID:
             return f"{blocks} rows in all are more than its grid can count ({_MAX_GRID})"
-        return None
+        return None if architecture is None else _obstacle(value_dim(call.head_dim), architecture.target)
 
     def prepare(self, call: AttentionCall) -> _State:
         """Smooth and quantise in two launches; float32 inputs are rounded to bfloat16 first."""
@@ -157,6 +213,8 @@ class NVFP4CudaKernel:
             call.key_lengths,
             call.key_length,
             (call.batch, call.heads, call.query_length, call.head_dim),
+            call.kv_heads,
+            call.device,
             call.is_causal,
             call.scale,
             call.layout,
@@ -168,22 +226,22 @@ class NVFP4CudaKernel:
         """One launch on the packed operands."""
         packed: PackedOperands = state.operands
         batch, heads, rows, head_dim = state.shape
-        device = packed.queries.device
+        device = state.device
         dtype = torch.bfloat16 if state.dtype == torch.float32 else state.dtype
         output = _empty_output(state.shape, state.layout, dtype, device)
         lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=device) if state.return_lse else None
         if output.numel() == 0:
             return output.to(state.dtype), lse
-        query_tiles, key_tiles = packed.means.shape[2], packed.keys_values.shape[2]
+        query_tiles, key_tiles = packed.query_tiles, packed.key_tiles
         seen = packed.tile_seen
         parameters = _AttentionParameters(
-            packed.queries.data_ptr(),
-            packed.means.data_ptr(),
-            packed.keys_values.data_ptr(),
-            packed.query_factors.data_ptr(),
-            packed.key_factors.data_ptr(),
-            packed.value_factors.data_ptr(),
-            packed.value_means.data_ptr(),
+            packed.queries,
+            packed.means,
+            packed.keys_values,
+            packed.query_factors,
+            packed.key_factors,
+            packed.value_factors,
+            packed.value_means,
             _pointer(packed.lse_shifts),
             _pointer(state.key_lengths),
             _pointer(state.mask),
@@ -197,7 +255,7 @@ class NVFP4CudaKernel:
             else tuple(s if n > 1 else 0 for s, n in zip(seen.stride(), seen.shape[:2], strict=False)),
             batch,
             heads,
-            packed.keys_values.shape[1],
+            state.kv_heads,
             rows,
             state.key_length,
             head_dim,
@@ -226,34 +284,12 @@ class NVFP4CudaKernel:
     ) -> PackedOperands:
         device, batch, heads, kv_heads = call.device, call.batch, call.heads, call.kv_heads
         columns = value_dim(call.head_dim)
-        query_tiles, key_tiles = -(-call.query_length // _QUERY_TILE), -(-call.key_length // KEY_TILE)
         chunks = max(
             1, min(_MAX_CHUNKS, -(-call.key_length // _CHUNK_TOKENS), _STATISTICS_BLOCKS // (batch * kv_heads or 1))
         )
         chunk_tokens = -(-call.key_length // chunks)
-        queries = (batch, heads, query_tiles, MEANS_PER_TILE, query_block_words(call.head_dim))
-        means = (batch, heads, query_tiles, mean_tile_words(call.head_dim))
-        keys_values = (batch, kv_heads, key_tiles, key_value_tile_words(call.head_dim))
-        factors, head_factors, head_means = queries[:4], (batch, kv_heads), (batch, kv_heads, columns)
-        shapes = (queries, means, keys_values, factors, head_factors, head_factors, head_means, head_means)
-        pool = _Pool(device, sum(_Pool.words(*shape) for shape in shapes))
-        shifts = seen = None
-        if call.return_lse:
-            shifts = torch.empty((batch, heads, call.query_length), dtype=torch.float32, device=device)
-        if mask is not None:
-            seen = torch.empty((*mask.shape[:2], query_tiles, key_tiles), dtype=torch.uint8, device=device)
-        packed = PackedOperands(
-            queries=pool.take(torch.int32, *queries),
-            means=pool.take(torch.int32, *means),
-            keys_values=pool.take(torch.int32, *keys_values),
-            query_factors=pool.take(torch.float32, *factors),
-            key_factors=pool.take(torch.float32, *head_factors),
-            value_factors=pool.take(torch.float32, *head_factors),
-            key_means=pool.take(torch.float32, *head_means),
-            value_means=pool.take(torch.float32, *head_means),
-            lse_shifts=shifts,
-            tile_seen=seen,
-        )
+        packed = PackedOperands(call, mask)
+        query_tiles, key_tiles = packed.query_tiles, packed.key_tiles
         if batch * heads * query_tiles == 0:
             return packed
         partials = torch.empty((batch, kv_heads, chunks, 2, columns + 1), dtype=torch.float32, device=device)
@@ -263,14 +299,14 @@ class NVFP4CudaKernel:
             _operand(value),
             _pointer(call.key_lengths),
             _pointer(mask),
-            packed.queries.data_ptr(),
-            packed.means.data_ptr(),
-            packed.keys_values.data_ptr(),
-            packed.query_factors.data_ptr(),
-            packed.key_factors.data_ptr(),
-            packed.value_factors.data_ptr(),
-            packed.key_means.data_ptr(),
-            packed.value_means.data_ptr(),
+            packed.queries,
+            packed.means,
+            packed.keys_values,
+            packed.query_factors,
+            packed.key_factors,
+            packed.value_factors,
+            packed.key_means,
+            packed.value_means,
             partials.data_ptr(),
             partials.data_ptr() + 4 * batch * kv_heads * chunks * 2 * columns,
             _pointer(packed.lse_shifts),
@@ -317,25 +353,6 @@ def _broadcast_mask(call: AttentionCall) -> tuple[Tensor | None, tuple[int, int,
     return mask, (strides[0], strides[1], strides[2], strides[3])
 
 
-class _Pool:
-    """Hands out tensors of 4-byte dtypes from one allocation."""
-
-    def __init__(self, device: torch.device, words: int) -> None:
-        self._memory = torch.empty(words, dtype=torch.int32, device=device)
-        self._used = 0
-
-    @staticmethod
-    def words(*shape: int) -> int:
-        """What take() of this shape uses up: multiples of 256 bytes."""
-        return -(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
-
-    def take(self, dtype: torch.dtype, *shape: int) -> Tensor:
-        """The next tensor, uninitialised."""
-        start = self._used
-        self._used += self.words(*shape)
-        return self._memory[start : start + math.prod(shape)].view(dtype).view(shape)
-
-
 def _empty_output(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[B, H, N, D] whose memory is contiguous in the caller's layout."""
     batch, heads, rows, head_dim = shape
@@ -357,6 +374,12 @@ def _has_vectors(x: Tensor) -> bool:
     *strides, last = x.stride()
     aligned = all(stride % 8 == 0 or size == 1 for stride, size in zip(strides, x.shape, strict=False))
     return last == 1 and x.shape[-1] % 8 == 0 and x.data_ptr() % 16 == 0 and aligned
+
+
+@lru_cache
+def _obstacle(columns: int, target: str) -> str | None:
+    """Why the kernels can't be loaded on this machine, or None: a driver that is too old, no compiler."""
+    return loading_obstacle(nvfp4_attention_variant(columns, False), target)
 
 
 @lru_cache
