@@ -12,7 +12,7 @@ from sage_kernels.precision import Precision
 
 _NO_FP4 = "has no FP4 tensor cores; they are in sm_120a and sm_121a (RTX 50, RTX PRO Blackwell, DGX Spark)"
 _NO_MXFP8 = "has no block-scaled FP8 tensor cores; they are in sm_120a and sm_121a"
-_TCGEN05_ONLY = "has FP4 tensor cores, but behind tcgen05 instructions; the kernel for them compiles, was never run and isn't offered"
+_TCGEN05_ONLY = "has FP4 tensor cores behind tcgen05 instructions; the kernel for them was never run and isn't offered"
 _NO_INT8_MMA = "is older than sm_80, the oldest architecture of the 8-bit kernels"
 
 
