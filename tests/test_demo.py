@@ -104,7 +104,9 @@ def test_progress_and_result_are_printed(demo):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one child process")
 def test_an_interruption_leaves_only_whole_files(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, its children too
     process = subprocess.Popen(demo_command(tmp_path), stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 120
     while not (tmp_path / "fp16.webp").exists():
         assert time.monotonic() < deadline
