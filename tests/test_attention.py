@@ -11,7 +11,7 @@ from sage_kernels import UnsupportedAttention, architectures, dispatch
 from sage_kernels.architectures import ARCHITECTURES, find_architecture
 from sage_kernels.attention_call import make_call
 from sage_kernels.cli import main
-from sage_kernels.kernels import KERNELS, find_kernel
+from sage_kernels.kernels import KERNELS, emulation, find_kernel
 from sage_kernels.precision import PRECISIONS
 from sage_kernels.recipes import RECIPES
 from sage_kernels.reference import quantized_attention
@@ -225,8 +225,9 @@ def test_blackwell_is_matched_exactly():
 
 def test_auto_takes_the_fastest_kernel_that_does_not_refuse(monkeypatch):
     pretend_gpu(monkeypatch, (12, 0))
+    monkeypatch.setattr(dispatch, "slower_than_sixteen_bit", lambda *arguments: None)
     refusing, willing = FakeKernel("fp4", "no masks"), FakeKernel("int8")
-    decision = dispatch.decide(_call("auto"), (refusing, willing))
+    decision = dispatch.decide(_call("auto"), (refusing, willing, find_kernel("sdpa")))
     assert (decision.kernel, decision.precision) == ("int8_fake", "int8")
     assert str(decision.refusals[0]) == "fp4_fake: no masks"
     assert "kernel: int8_fake (int8)\n  not fp4_fake: no masks" in str(decision)

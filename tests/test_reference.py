@@ -262,9 +262,42 @@ def test_no_query_rows_give_an_empty_result():
         assert lse.shape == (2, 4, 0)
 
 
-def test_key_lengths_beyond_the_keys_are_all_keys():
-    q, k, v = (torch.randn(1, 2, 40, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
-    plain, plain_lse = quantized_attention(q, k, v, RECIPES["fp4"])
-    beyond, beyond_lse = quantized_attention(q, k, v, RECIPES["fp4"], key_lengths=torch.tensor([55], dtype=torch.int32))
-    assert torch.allclose(plain, beyond)
-    assert torch.allclose(plain_lse, beyond_lse)
+@pytest.mark.parametrize("precision", RECIPES)
+def test_key_lengths_beyond_the_keys_change_nothing(precision):
+    q, k, v = qkv()
+    expected, _ = quantized_attention(q, k, v, RECIPES[precision])
+    lengths = torch.tensor([127, 500], dtype=torch.int32)
+    output, _ = quantized_attention(q, k, v, RECIPES[precision], key_lengths=lengths)
+    assert torch.allclose(output, expected, atol=1e-5)
+
+
+def test_sum_of_unrounded_weights_gives_the_exact_lse_of_the_quantised_scores():
+    q, k, v = qkv(keys=40)
+    _, expected = quantized_attention(q, k, v, Recipe("int8", "none"))
+    errors = []
+    for quantized_row_sum in (False, True):
+        _, lse = quantized_attention(q, k, v, Recipe("int8", "fp8", quantized_row_sum=quantized_row_sum))
+        errors.append((lse - expected).abs().max().item())
+    assert errors[0] < 1e-5
+    assert errors[1] > 1e-3
+
+
+@pytest.mark.parametrize("quantized_row_sum", [False, True])
+def test_line_exponentials_cost_little_in_fp8(quantized_row_sum):
+    q, k, v = qkv(keys=600)
+    exact, exact_lse = attention_fp32(q, k, v)
+    plain, _ = quantized_attention(q, k, v, Recipe("int8", "fp8"))
+    recipe = Recipe("int8", "fp8", linear_exp_of_8=4, quantized_row_sum=quantized_row_sum)
+    lines, lse = quantized_attention(q, k, v, recipe)
+    assert relative_l1(plain, exact) < relative_l1(lines, exact) < 1.15 * relative_l1(plain, exact)
+    assert (lse - exact_lse).abs().mean() < 5e-3
+
+
+def test_line_exponentials_leave_masked_rows_empty():
+    q, k, v = qkv(keys=40)
+    mask = torch.ones(q.shape[2], 40, dtype=torch.bool)
+    mask[7] = False
+    recipe = Recipe("int8", "fp8", smooth_v=True, linear_exp_of_8=4, quantized_row_sum=False)
+    output, lse = quantized_attention(q, k, v, recipe, attn_mask=mask)
+    assert not output[:, :, 7].any()
+    assert (lse[:, :, 7] == -torch.inf).all()

@@ -41,6 +41,11 @@ class Architecture:
         """As compilers write it, such as sm_120."""
         return f"sm_{self.capability[0]}{self.capability[1]}"
 
+    @property
+    def fp8_mma(self) -> bool:
+        """Whether its tensor cores multiply E4M3."""
+        return self.capability >= (8, 9)
+
 
 _8BIT: tuple[Precision, ...] = ("int8", "int8_fp16", "fp16")
 _4BIT: tuple[Precision, ...] = ("fp4", "fp8_fp4", *_8BIT)

@@ -8,6 +8,7 @@ from sage_kernels.attention_call import AttentionCall
 from sage_kernels.kernels import KERNELS
 from sage_kernels.kernels.interface import Kernel
 from sage_kernels.precision import DESCRIPTIONS, PRECISIONS, Precision
+from sage_kernels.router import fastest_sixteen_bit, predicted_seconds, slower_than_sixteen_bit
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,21 @@ class Decision:
         kernel: name of the kernel, or None when none can do what was asked.
         precision: the precision that the kernel computes in, or None.
         refusals: in order of preference, what was passed over and why.
+        seconds: predicted time of the call from measured ones, or None where nothing of its kind was measured.
+        sixteen_bit_seconds: likewise with torch's fastest kernel; the quotient is the predicted speed-up.
     """
 
     kernel: str | None
     precision: Precision | None
     refusals: tuple[Refusal, ...]
+    seconds: float | None = None
+    sixteen_bit_seconds: float | None = None
 
     def __str__(self) -> str:
         lines = [f"kernel: {self.kernel or 'none'}" + (f" ({self.precision})" if self.precision else "")]
+        if self.seconds is not None and self.sixteen_bit_seconds is not None:
+            times = f"{self.seconds * 1000:.3g} ms, in 16 bit {self.sixteen_bit_seconds * 1000:.3g} ms"
+            lines.append(f"  predicted: {times}")
         return "\n".join(lines + [f"  not {refusal}" for refusal in self.refusals])
 
 
@@ -55,7 +63,7 @@ class UnsupportedAttention(RuntimeError):
 def decide(call: AttentionCall, kernels: Sequence[Kernel] = KERNELS) -> Decision:
     """Choose the kernel for `call`. Never raises, never launches anything, never synchronises.
 
-    Emulation is slow, so "auto", which asks for the fastest, never chooses it.
+    Emulation is slow, so "auto", which asks for the fastest, never chooses it; nor a rung that 16 bit outruns (router).
     """
     architecture = device_architecture(call.device)
     refusals: list[Refusal] = []
@@ -69,10 +77,20 @@ def decide(call: AttentionCall, kernels: Sequence[Kernel] = KERNELS) -> Decision
             if kernel.emulated and call.precision == "auto":
                 continue
             reason = kernel.refuse(call, architecture)
+            if reason is None and call.precision == "auto" and precision != "fp16":
+                reason = slower_than_sixteen_bit(call, architecture, kernel.name, precision)
             if reason is None:
-                return Decision(kernel.name, precision, tuple(refusals))
+                return _decision(call, architecture, kernel, tuple(refusals))
             refusals.append(Refusal(kernel.name, reason))
     return Decision(None, None, tuple(refusals))
+
+
+def _decision(
+    call: AttentionCall, architecture: Architecture | None, kernel: Kernel, refusals: tuple[Refusal, ...]
+) -> Decision:
+    _, sixteen_bit = fastest_sixteen_bit(call, architecture) or (None, None)
+    seconds = sixteen_bit if kernel.precision == "fp16" else predicted_seconds(call, architecture, kernel.name)
+    return Decision(kernel.name, kernel.precision, refusals, seconds, sixteen_bit)
 
 
 def precision_refusal(

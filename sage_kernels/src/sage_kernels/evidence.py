@@ -38,7 +38,9 @@ class FamilySources:
 
 FAMILIES: dict[str, FamilySources] = {
     "nvfp4": FamilySources(("nvfp4_*.cu",), ("kernels/triton_nvfp4.py",)),
-    "int8": FamilySources(("int8_*.cu",), ("kernels/triton_int8/*.py", "kernels/int8_configs.py")),
+    "int8": FamilySources(
+        ("int8_*.cu",), ("kernels/triton_int8/*.py", "kernels/int8_configs.py", "kernels/int8_operands.py")
+    ),
     "training": FamilySources(("training_*.cu",), ("training/*.py",)),
     "kv_cache": FamilySources(("kv_cache_*.cu",), ("kv_cache/*.py",)),
 }

@@ -1,7 +1,7 @@
 """Time and memory of calls on a GPU."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,39 @@ def time_on_gpu(call: Callable[[], object], device: torch.device) -> float:
         least, most = _REPETITIONS
         repetitions = min(most, max(least, int(_SECONDS * 1000 / max(estimate, 1e-3))))
         return statistics.median(_measure(call) for _ in range(repetitions))
+
+
+def time_in_turns(
+    methods: Mapping[str, Sequence[Callable[[], object]]], seconds: float, device: torch.device
+) -> dict[str, float]:
+    """Median milliseconds of one call of each method.
+
+    Methods take turns, so that a GPU that grows warm slows all of them down.
+
+    Args:
+        methods: calls that differ only in their tensors, by name; one measurement makes all of a method's calls in a
+            row, so that with enough tensors none is still in the cache from the call before.
+        seconds: of measurements in all; at least three rounds are made whatever they take.
+        device: whose current stream the calls use.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in methods}
+    with torch.cuda.device(device):
+
+        def measure_round() -> float:
+            total = 0.0
+            for name, calls in methods.items():
+                elapsed = _measure(lambda calls=calls: [call() for call in calls])  # type: ignore[misc]
+                samples[name].append(elapsed / len(calls))
+                total += elapsed
+            return total
+
+        measure_round()  # warms up
+        for values in samples.values():
+            values.clear()
+        estimate = measure_round()
+        for _ in range(min(_REPETITIONS[1], max(_REPETITIONS[0], int(seconds * 1000 / max(estimate, 1e-3)))) - 1):
+            measure_round()
+    return {name: statistics.median(values) for name, values in samples.items()}
 
 
 def _measure(call: Callable[[], object]) -> float:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from sage_kernels.int8_sm90_forms import FORMS, Int8Sm90Form
+
 _COMPILE_OPTIONS = (
     "--std=c++17",
     "--device-as-default-execution-space",
@@ -117,6 +119,61 @@ def _nvfp4_prepare() -> tuple[KernelVariant, ...]:
     return tuple(nvfp4_prepare_variant(entry, dim) for dim in NVFP4_HEAD_DIMS for entry in entries)
 
 
-_FAMILIES: tuple[Callable[[], tuple[KernelVariant, ...]], ...] = (_nvfp4_attention, _nvfp4_prepare)
+def int8_sm90_attention_variant(form: Int8Sm90Form) -> KernelVariant:
+    """INT8 attention on wgmma; causality and the output's dtype are parameters of the kernel."""
+    return KernelVariant(
+        family="int8_sm90_attention",
+        source="int8_sm90_attention.cu",
+        entry="int8_sm90_attention",
+        defines=(
+            ("HEAD_DIM", form.head_dim),
+            ("KEYS", form.keys),
+            ("WARPGROUPS", form.warpgroups),
+            ("STAGES", form.stages),
+            ("PINGPONG", int(form.pingpong)),
+            ("PROMOTE", form.promote),
+            ("HEADROOM", form.headroom),
+            ("ONES", int(form.ones)),
+            ("LINE", form.line),
+        ),
+        head_dim=form.head_dim,
+        causal=False,
+        mask="none",
+        dtype="any",
+        threads=128 * (form.warpgroups + 1),
+        shared_bytes=form.shared_bytes,
+        archs=("sm_90a",),
+    )
+
+
+def int8_sm90_quantize_variant(entry: str, head_dim: int, keys: int, is_bfloat16: bool) -> KernelVariant:
+    """Smoothing and quantising for it: `entry` is int8_sm90_statistics or int8_sm90_quantize."""
+    return KernelVariant(
+        family="int8_sm90_quantize",
+        source="int8_sm90_quantize.cu",
+        entry=entry,
+        defines=(("HEAD_DIM", head_dim), ("KEYS", keys), ("BFLOAT16", int(is_bfloat16))),
+        head_dim=head_dim,
+        causal=False,
+        mask="none",
+        dtype="bfloat16" if is_bfloat16 else "float16",
+        threads=256,
+        shared_bytes=0,
+        archs=("sm_90a",),
+    )
+
+
+def _int8_sm90() -> tuple[KernelVariant, ...]:
+    entries = ("int8_sm90_statistics", "int8_sm90_quantize")
+    quantizers = (
+        int8_sm90_quantize_variant(entry, form.head_dim, form.keys, is_bfloat16)
+        for form in FORMS
+        for entry in entries
+        for is_bfloat16 in (False, True)
+    )
+    return (*(int8_sm90_attention_variant(form) for form in FORMS), *quantizers)
+
+
+_FAMILIES: tuple[Callable[[], tuple[KernelVariant, ...]], ...] = (_nvfp4_attention, _nvfp4_prepare, _int8_sm90)
 
 VARIANTS: tuple[KernelVariant, ...] = tuple(variant for family in _FAMILIES for variant in family())

@@ -21,11 +21,15 @@ class Recipe:
             that no 16-bit K is needed; what the mean loses by it stays in the rows. Else delta_s is exact.
         smooth_k: subtract the mean key of each head.
         smooth_v: subtract the mean value of each head and add it back to the output; exact, since rows of P sum to one.
+        recenter_v: what smoothing V adds back is the mean that the quantised values lack, rather than the mean that was
+            subtracted: rounding errors of V then have mean zero in every channel.
         key_block: keys that one step of the online softmax takes.
         rescale_threshold: the output is rescaled only when the row maximum has grown by more than this many powers of
             two; P is stretched that much less, to keep headroom.
-        linear_exp_of_8: of every eight weights, how many (the last ones) are rounded to E2M1 through a straight line
-            between powers of two in place of an exponential: it costs no special-function instruction.
+        linear_exp_of_8: of every eight weights, how many come from a straight line between powers of two in place of an
+            exponential, which costs no special-function instruction: the last ones where they are rounded to E2M1,
+            evenly spread ones where they are rounded to E4M3.
+        quantized_row_sum: weights are divided by the sum of what they were rounded to, else by the sum before rounding.
         int8_rows: query rows and key rows that share an INT8 scale.
     """
 
@@ -35,10 +39,12 @@ class Recipe:
     quantized_delta: bool = False
     smooth_k: bool = True
     smooth_v: bool = False
+    recenter_v: bool = False
     key_block: int = 128
     rescale_threshold: float = 0.0
     linear_exp_of_8: int = 0
-    int8_rows: tuple[int, int] = (32, 64)
+    quantized_row_sum: bool = True
+    int8_rows: tuple[int, int] = (1, 128)
 
 
 EXACT = Recipe(qk="none", pv="none", smooth_k=False, key_block=512)
@@ -56,6 +62,6 @@ RECIPES: dict[Precision, Recipe] = {
         linear_exp_of_8=3,
     ),
     "fp8_fp4": Recipe(qk="mxfp8", pv="nvfp4", smooth_q_rows=128, smooth_v=True),
-    "int8": Recipe(qk="int8", pv="fp8", smooth_v=True, key_block=64),
-    "int8_fp16": Recipe(qk="int8", pv="fp16", key_block=64),
+    "int8": Recipe(qk="int8", pv="fp8", smooth_v=True, recenter_v=True),
+    "int8_fp16": Recipe(qk="int8", pv="fp16"),
 }

@@ -24,9 +24,11 @@ _TILE_ELEMENTS = 1 << 20  # scores held at once: a tile and its temporaries stay
 _P_MAX: dict[PVFormat, float] = {"nvfp4": E4M3_MAX * E2M1_MAX, "fp8": E4M3_MAX, "fp16": 1.0, "none": 1.0}
 _TOKEN_PADDING = NVFP4_GROUP
 _LARGEST_POWER = 126  # its reciprocal is a normal float32 too
-_LINE_OFFSET = (
-    530  # lowers the line between powers of two, in 1/8192, so that it crosses E2M1's thresholds within 0.5 %
-)
+# Lowers the line between powers of two: so that it crosses E2M1's thresholds within 0.5 %, and so that it meets 2^x on
+# average, in 1/8192.
+_E2M1_LINE_OFFSET = 530
+_MEAN_LINE_OFFSET = 462
+_LINE_RANGE = 20.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,10 +162,13 @@ def quantize_operands(
     if recipe.smooth_v:
         value_mean = _token_mean(v, key_lengths)
         v = _subtract_from_tokens(v, value_mean, key_lengths)
+    value = _round_trip_v(_pad_tokens(v) * value_scale, recipe.pv) / value_scale
+    if recipe.recenter_v and value_mean is not None:
+        value_mean = value_mean - _token_mean(value[:, :, : v.shape[2]], key_lengths)
     return QuantizedOperands(
         _round_trip_qk(q * query_scale, recipe.qk, recipe.int8_rows[0]) / query_scale,
         _round_trip_qk(k * key_scale, recipe.qk, recipe.int8_rows[1]) / key_scale,
-        _round_trip_v(_pad_tokens(v) * value_scale, recipe.pv) / value_scale,
+        value,
         query_means,
         smooth_key,
         lse_shift,
@@ -210,7 +215,8 @@ def _attend_rows(
         powers = scores.sub_(shift).mul_(math.log2(math.e)).add_(math.log2(stretch))
         weights = _round_p(powers, recipe)
         rescale = torch.exp(maximum - shift)
-        row_sum = row_sum * rescale + weights.sum(dim=-1, keepdim=True)
+        summed = weights if recipe.quantized_row_sum else _exp2(powers, recipe)
+        row_sum = row_sum * rescale + summed.sum(dim=-1, keepdim=True)
         accumulator = accumulator * rescale + _grouped_matmul(weights, operands.value[:, :, keys])
         maximum = new_maximum
     empty = row_sum == 0
@@ -295,12 +301,13 @@ def _round_trip_v(x: Tensor, pv: PVFormat) -> Tensor:
 
 def _round_p(powers: Tensor, recipe: Recipe) -> Tensor:
     """Round the stretched softmax weights 2^powers (two-level quantisation, section 3.2)."""
-    weights = powers.exp2()
+    weights = _exp2(powers, recipe)
     if recipe.pv == "nvfp4":
         groups = split_last_axis(weights, NVFP4_GROUP)
         values, scales = quantize_groups(groups)
         if recipe.linear_exp_of_8:
-            line = _line_exp2(split_last_axis(powers, NVFP4_GROUP) - scales.log2()).where(scales > 0, 0.0)
+            line = _line_exp2(split_last_axis(powers, NVFP4_GROUP) - scales.log2(), _E2M1_LINE_OFFSET)
+            line = line.where(scales > 0, 0.0)
             is_linear = torch.arange(NVFP4_GROUP, device=powers.device) % 8 >= 8 - recipe.linear_exp_of_8
             values = torch.where(is_linear, round_to_e2m1(line), values)
         return (values * scales).flatten(-2)
@@ -311,7 +318,17 @@ def _round_p(powers: Tensor, recipe: Recipe) -> Tensor:
     return weights
 
 
-def _line_exp2(power: Tensor) -> Tensor:
+def _exp2(powers: Tensor, recipe: Recipe) -> Tensor:
+    """2^powers, for E4M3 in part by lines: spread over keys in the order of 2 * (key // 8) + key % 2."""
+    if recipe.pv != "fp8" or not recipe.linear_exp_of_8:
+        return powers.exp2()
+    key = torch.arange(powers.shape[-1], device=powers.device)
+    is_linear = (key // 8 * 2 + key % 2) * recipe.linear_exp_of_8 % 8 + recipe.linear_exp_of_8 >= 8
+    is_linear = is_linear & (powers > -_LINE_RANGE)  # a masked weight stays 0
+    return torch.where(is_linear, _line_exp2(powers, _MEAN_LINE_OFFSET), powers.exp2())
+
+
+def _line_exp2(power: Tensor, offset: int) -> Tensor:
     """2^power by a straight line between powers of two: power in fixed point is the bits of a float32 (Schraudolph)."""
-    fixed = torch.round(power.clamp(-20.0, 20.0) * 8192).int() + (127 * 8192 - _LINE_OFFSET)
+    fixed = torch.round(power.clamp(-_LINE_RANGE, _LINE_RANGE) * 8192).int() + (127 * 8192 - offset)
     return (fixed << 10).view(torch.float32)

@@ -1,9 +1,15 @@
 """The kernels, one file each, in order of preference. A new kernel is a new file and one line in KERNELS."""
 
-from sage_kernels.kernels import emulation, nvfp4_cuda, sdpa
+from sage_kernels.kernels import emulation, int8_sm90, int8_triton, nvfp4_cuda, sdpa
 from sage_kernels.kernels.interface import Kernel
 
-KERNELS: tuple[Kernel, ...] = (nvfp4_cuda.KERNEL, sdpa.KERNEL, *emulation.KERNELS)
+KERNELS: tuple[Kernel, ...] = (
+    nvfp4_cuda.KERNEL,
+    int8_sm90.KERNEL,
+    *int8_triton.KERNELS,
+    sdpa.KERNEL,
+    *emulation.KERNELS,
+)
 
 
 def find_kernel(name: str) -> Kernel:

@@ -1,0 +1,124 @@
+"""Time all kernels of this GPU at many lengths, for the router: fills its architecture's part of router_table.json.
+
+    PYTHONPATH=sage_kernels/src python sage_kernels/benchmarks/tune_router.py
+
+Times are of whole calls, preparation included, of self-attention with 24 heads in bfloat16, the methods taking turns.
+"""
+
+import argparse
+import json
+import subprocess
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sage_kernels.architectures import device_architecture
+from sage_kernels.attention_call import make_call
+from sage_kernels.dispatch import precision_refusal
+from sage_kernels.evidence import write_json
+from sage_kernels.gpu_timing import time_in_turns
+from sage_kernels.kernels import KERNELS
+from sage_kernels.kernels.interface import Kernel
+from sage_kernels.router import HEAD_DIM_CLASSES, TABLE
+
+ROOT = Path(__file__).resolve().parents[2]
+BACKENDS = {
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+HEADS = 24
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+CACHED_BYTES = 256 << 20  # inputs of one measurement in all: several times the L2 cache of any GPU
+
+
+def main() -> None:
+    """Measure, print the table, write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=0.6, help="of measurements for each length")
+    parser.add_argument("--out", type=Path, default=TABLE, help=f"default: {TABLE.name} of the package")
+    options = parser.parse_args()
+    device = torch.device("cuda", torch.cuda.current_device())
+    architecture = device_architecture(device)
+    if architecture is None:
+        parser.error("there is no CUDA GPU here")
+    rows = [
+        measure_class(head_dim, is_causal, options.seconds, device)
+        for head_dim in HEAD_DIM_CLASSES
+        for is_causal in (False, True)
+    ]
+    entry = {
+        "gpu": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip(),
+        "date": date.today().isoformat(),
+        "rows": rows,
+    }
+    table = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+    write_json(options.out, {**table, architecture.name: entry})
+    print(f"wrote {architecture.name} to {options.out}")
+
+
+def measure_class(head_dim: int, is_causal: bool, seconds: float, device: torch.device) -> dict[str, Any]:
+    """One row of the table: milliseconds of every method at every length."""
+    times: dict[str, list[float]] = {}
+    for length in LENGTHS:
+        methods = working_methods(length, head_dim, is_causal, device)
+        found = time_in_turns(methods, seconds, device)
+        for name, ms in found.items():
+            times.setdefault(name, []).append(ms)
+        line = ", ".join(f"{name} {ms:.3f} ms" for name, ms in found.items())
+        print(f"D{head_dim} {'causal ' * is_causal}N{length}: {line}", flush=True)
+    complete = {name: ms for name, ms in times.items() if len(ms) == len(LENGTHS)}
+    return {"head_dim": head_dim, "is_causal": is_causal, "heads": HEADS, "lengths": LENGTHS, "ms": complete}
+
+
+def working_methods(
+    length: int, head_dim: int, is_causal: bool, device: torch.device
+) -> dict[str, list[Callable[[], Any]]]:
+    """What this GPU and torch can do at this size, each with as many inputs as it takes to leave the cache."""
+    count = max(1, min(16, CACHED_BYTES // (3 * 2 * HEADS * length * head_dim)))
+    inputs = [
+        [torch.randn(1, HEADS, length, head_dim, device=device, dtype=torch.bfloat16) for _ in range(3)]
+        for _ in range(count)
+    ]
+    functions = {name: partial(sdpa, backend, is_causal) for name, backend in BACKENDS.items()}
+    functions |= {kernel.name: partial(whole_call, kernel, is_causal) for kernel in KERNELS}
+    methods = {}
+    for name, function in functions.items():
+        try:
+            if function(*inputs[0]) is None:
+                continue
+        except RuntimeError as error:
+            print(f"D{head_dim} N{length}: no {name}: {str(error).splitlines()[0][:100]}")
+            continue
+        methods[name] = [partial(function, *each) for each in inputs]
+    return methods
+
+
+def sdpa(backend: SDPBackend, is_causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's attention by one of its kernels."""
+    with sdpa_kernel(backend):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+
+def whole_call(kernel: Kernel, is_causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """The output of a kernel of a quantised rung; None where it refuses the call."""
+    architecture = device_architecture(q.device)
+    call = make_call(q, k, v, None, is_causal, None, False, None, "BHND", kernel.precision, False, False)
+    if kernel.emulated or kernel.precision == "fp16" or precision_refusal(kernel.precision, architecture, [kernel]):
+        return None
+    return None if kernel.refuse(call, architecture) else kernel.run(kernel.prepare(call))[0]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,368 @@
+// Preparation of int8_sm90_attention.cu in two launches, bound by memory bandwidth:
+// statistics: per head and channel the mean of K and V and the largest |V - mean|; a cluster of 8 CTAs a head.
+// quantize: K minus its mean to INT8, V minus its mean to E4M3 and transposed.
+// Q to INT8 fills the GPU up beside the statistics, or comes with the second launch where it needs K's mean (for LSE).
+// All are images of the tiles that the attention kernel copies to shared memory: rows of 128 or 64 bytes, 16-byte
+// chunks swizzled as wgmma reads them.
+//
+// Compile-time: HEAD_DIM 64 | 128, to which the images are padded; KEYS of a tile; BFLOAT16 1 | 0 (float16).
+// head_dim is a multiple of 8.
+#include "int8_sm90_params.cuh"
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kGroups = HEAD_DIM / 8;  // a thread handles 8 channels: 16 bytes
+constexpr int kRowsPerPass = kThreads / kGroups;
+constexpr int kValueRowBytes = KEYS % 128 == 0 ? 128 : KEYS % 64 == 0 ? 64 : 32;
+constexpr int kClusterSize = 8;
+constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+constexpr float kErrorUnits = 16.f;   // value_error counts sixteenths of a code unit: exact sums in any order
+
+struct Channels {
+  float x[8];
+};
+
+DEVICE Channels unpack(uint4 raw) {
+  const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
+  Channels out;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#if BFLOAT16
+    out.x[2 * i] = __uint_as_float(words[i] << 16);
+    out.x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000);
+#else
+    asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\n}\n"
+        : "=f"(out.x[2 * i]), "=f"(out.x[2 * i + 1])
+        : "r"(words[i]));
+#endif
+  }
+  return out;
+}
+
+DEVICE int valid_keys(const Int8Params& p, int batch) {
+  return p.key_lengths ? max(0, min(p.key_length, p.key_lengths[batch])) : p.key_length;
+}
+
+DEVICE Channels load_mean(const float* mean, int group) {
+  Channels out;
+#pragma unroll
+  for (int c = 0; c < 8; ++c) out.x[c] = mean[8 * group + c];
+  return out;
+}
+
+// Largest magnitude as the bits of a float, so that infinities and NaN win.
+DEVICE u32 magnitude(float x) { return __float_as_uint(x) & 0x7fffffff; }
+
+// scale * code gives the value back. All zeros: scale 1; anything not finite: scale NaN. The reciprocal is 0 in both.
+struct Scale {
+  float scale, reciprocal;
+};
+
+DEVICE Scale make_scale(u32 largest, float codes) {
+  if (largest >= 0x7f800000) return {__uint_as_float(0x7fc00000), 0.f};
+  const float absmax = __uint_as_float(largest);
+  const float reciprocal = codes / absmax;
+  if (!(reciprocal < infinity())) return {1.f, 0.f};
+  return {absmax / codes, reciprocal};
+}
+
+// Eight INT8 codes, round to nearest even; a NaN has reciprocal 0 and its code no meaning.
+DEVICE uint2 pack_int8(const Channels& v, float reciprocal) {
+  u32 rounded[8];
+#pragma unroll
+  for (int c = 0; c < 8; ++c) rounded[c] = __float_as_uint(fmaf(v.x[c], reciprocal, kMagic));
+  uint2 packed;
+  packed.x =
+      __byte_perm(__byte_perm(rounded[0], rounded[1], 0x0040), __byte_perm(rounded[2], rounded[3], 0x0040), 0x5410);
+  packed.y =
+      __byte_perm(__byte_perm(rounded[4], rounded[5], 0x0040), __byte_perm(rounded[6], rounded[7], 0x0040), 0x5410);
+  return packed;
+}
+
+DEVICE int swizzle(int row, int row_bytes) {
+  return row_bytes == 128 ? row & 7 : row_bytes == 64 ? row >> 1 & 3 : row >> 2 & 1;
+}
+
+// Byte offset of channels 8 * group.. of a row in an image with rows of HEAD_DIM bytes.
+DEVICE int image_offset(int row, int group) {
+  return row * HEAD_DIM + ((group >> 1 ^ swizzle(row, HEAD_DIM)) << 4) + (group & 1) * 8;
+}
+
+DEVICE void quantize_query(const Int8Params& p, int block, int batch, int head) {
+  const int group = threadIdx.x % kGroups;
+  const i64 batch_head = i64(batch) * p.heads + head;
+  const u16* source = p.query + batch * p.query_strides[0] + head * p.query_strides[1] + 8 * group;
+  u8* image = p.query_codes + (batch_head * p.query_rows + block * KEYS) * HEAD_DIM;
+  Channels key_mean;
+  if (p.lse_shift)
+    key_mean = load_mean(p.key_mean + (i64(batch) * p.kv_heads + head / (p.heads / p.kv_heads)) * HEAD_DIM, group);
+  constexpr float kLog2E = 1.442695041f;
+#pragma unroll
+  for (int pass = 0; pass < KEYS / kRowsPerPass; ++pass) {
+    const int local = pass * kRowsPerPass + threadIdx.x / kGroups;
+    const int row = block * KEYS + local;
+    uint4 raw = make_uint4(0, 0, 0, 0);
+    if (row < p.query_length && 8 * group < p.head_dim)
+      raw = *reinterpret_cast<const uint4*>(source + row * p.query_strides[2]);
+    const Channels v = unpack(raw);
+    u32 largest = 0;
+    float dot = 0.f;
+#pragma unroll
+    for (int c = 0; c < 8; ++c) largest = max(largest, magnitude(v.x[c]));
+    if (p.lse_shift)
+#pragma unroll
+      for (int c = 0; c < 8; ++c) dot = fmaf(v.x[c], key_mean.x[c], dot);
+#pragma unroll
+    for (int lane = 1; lane < kGroups; lane *= 2) {
+      largest = max(largest, __shfl_xor_sync(~0u, largest, lane));
+      if (p.lse_shift) dot += __shfl_xor_sync(~0u, dot, lane);
+    }
+    const Scale scale = make_scale(largest, 127.f);
+    if (row >= p.query_rows) continue;
+    // The sign of the softmax scale goes to the codes: the kernel wants scales that keep the order of scores.
+    *reinterpret_cast<uint2*>(image + image_offset(local, group)) =
+        pack_int8(v, p.softmax_scale < 0.f ? -scale.reciprocal : scale.reciprocal);
+    if (group == 0) {
+      p.query_scale[batch_head * p.query_rows + row] = scale.scale * fabsf(p.softmax_scale) * kLog2E;
+      if (p.lse_shift) p.lse_shift[batch_head * p.query_rows + row] = dot * p.softmax_scale;
+    }
+  }
+}
+
+DEVICE void quantize_key(const Int8Params& p, int block, int batch, int head, u32* shared) {
+  const int group = threadIdx.x % kGroups;
+  const int length = valid_keys(p, batch);
+  const i64 batch_head = i64(batch) * p.kv_heads + head;
+  const u16* source = p.key + batch * p.key_strides[0] + head * p.key_strides[1] + 8 * group;
+  u8* image = p.key_codes + (batch_head * p.key_blocks + block) * KEYS * HEAD_DIM;
+  const Channels mean = load_mean(p.key_mean + batch_head * HEAD_DIM, group);
+  constexpr int kPasses = KEYS / kRowsPerPass;
+  uint4 raw[kPasses];
+  bool valid[kPasses];
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int row = block * KEYS + pass * kRowsPerPass + threadIdx.x / kGroups;
+    valid[pass] = row < length && 8 * group < p.head_dim;
+    raw[pass] = make_uint4(0, 0, 0, 0);
+    if (valid[pass]) raw[pass] = *reinterpret_cast<const uint4*>(source + row * p.key_strides[2]);
+  }
+  u32 largest = 0;
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const Channels v = unpack(raw[pass]);
+#pragma unroll
+    for (int c = 0; c < 8; ++c)
+      if (valid[pass]) largest = max(largest, magnitude(v.x[c] - mean.x[c]));
+  }
+#pragma unroll
+  for (int lane = 1; lane < 32; lane *= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, lane));
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = largest;
+  __syncthreads();
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) largest = max(largest, shared[warp]);
+  const Scale scale = make_scale(largest, 127.f);
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    Channels v = unpack(raw[pass]);
+#pragma unroll
+    for (int c = 0; c < 8; ++c) v.x[c] -= mean.x[c];
+    *reinterpret_cast<uint2*>(image + image_offset(pass * kRowsPerPass + threadIdx.x / kGroups, group)) =
+        pack_int8(v, valid[pass] ? scale.reciprocal : 0.f);
+  }
+  if (threadIdx.x == 0) p.key_scale[batch_head * p.key_blocks + block] = scale.scale;
+}
+
+DEVICE int value_offset(int row, int chunk) {
+  constexpr int kChunks = kValueRowBytes / 16;
+  const int slab = chunk / kChunks;
+  return slab * HEAD_DIM * kValueRowBytes + row * kValueRowBytes +
+         ((chunk % kChunks ^ swizzle(row, kValueRowBytes)) << 4);
+}
+
+// Order of the image's columns (keys): within each 32, column 16 h + 4 t + b is key 16 h + 8 (b / 2) + 2 t + b % 2,
+// so that a thread's accumulators of Q K^T are its A operand of P V. Order of its rows (channels): within each 32, row
+// 8 i + 2 t + e is channel 8 t + 2 i + e, so that a thread's outputs are 8 consecutive channels.
+DEVICE void quantize_value(const Int8Params& p, int block, int batch, int head, u32* shared) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  constexpr int kPairs = kGroups / 2;  // a warp reads 32 bytes of 16 tokens: two groups of 8 channels
+  const int group = warp % kPairs * 2 + lane % 2;
+  const int quad = lane / 2 % 4;
+  const int length = valid_keys(p, batch);
+  const i64 batch_head = i64(batch) * p.kv_heads + head;
+  const u16* source = p.value + batch * p.value_strides[0] + head * p.value_strides[1] + 8 * group;
+  const Channels mean = load_mean(p.value_mean + batch_head * HEAD_DIM, group);
+  const Channels scales = load_mean(p.value_scale + batch_head * HEAD_DIM, group);
+  float reciprocal[8], error[8];
+#pragma unroll
+  for (int c = 0; c < 8; ++c) {
+    reciprocal[c] = scales.x[c] == scales.x[c] ? 1.f / scales.x[c] : 0.f;
+    error[c] = 0.f;
+  }
+#pragma unroll
+  for (int chunk = warp / kPairs * 4 + lane / 8; chunk < KEYS / 16; chunk += 4 * kWarps / kPairs) {
+    u32 codes[8] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Channels v[2];
+      bool valid[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int token = block * KEYS + 16 * chunk + 8 * half + 2 * quad + i;
+        valid[i] = token < length && 8 * group < p.head_dim;
+        uint4 raw = make_uint4(0, 0, 0, 0);
+        if (valid[i]) raw = *reinterpret_cast<const uint4*>(source + token * p.value_strides[2]);
+        v[i] = unpack(raw);
+      }
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        const float a = valid[0] ? (v[0].x[c] - mean.x[c]) * reciprocal[c] : 0.f;
+        const float b = valid[1] ? (v[1].x[c] - mean.x[c]) * reciprocal[c] : 0.f;
+        u16 pair;
+        float rounded_a, rounded_b;
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(b), "f"(a));
+        asm("{\n.reg .b32 halves;\n.reg .b16 low, high;\ncvt.rn.f16x2.e4m3x2 halves, %2;\nmov.b32 {low, high}, "
+            "halves;\n"
+            "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}\n"
+            : "=f"(rounded_a), "=f"(rounded_b)
+            : "h"(pair));
+        error[c] += (a - rounded_a) + (b - rounded_b);
+        codes[c] |= u32(pair) << 16 * half;
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      const int row = group / 4 * 32 + c / 2 * 8 + group % 4 * 2 + c % 2;
+      shared[value_offset(row, chunk) / 4 + quad] = codes[c];
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < 8; ++c) {
+#pragma unroll
+    for (int other = 2; other < 32; other *= 2) error[c] += __shfl_xor_sync(~0u, error[c], other);
+    if (lane < 2)
+      atomicAdd(p.value_error + batch_head * HEAD_DIM + 8 * group + c, __float2int_rn(error[c] * kErrorUnits));
+  }
+  __syncthreads();
+  uint4* image = reinterpret_cast<uint4*>(p.value_codes + (batch_head * p.key_blocks + block) * KEYS * HEAD_DIM);
+#pragma unroll
+  for (int i = threadIdx.x; i < KEYS * HEAD_DIM / 16; i += kThreads) image[i] = reinterpret_cast<uint4*>(shared)[i];
+}
+
+// ---- statistics ----------------------------------------------------------------------------------------------------
+
+DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+DEVICE float load_from_cta(const float* pointer, u32 rank) {
+  float x;
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %1, %2;\nld.shared::cluster.f32 %0, [remote];\n}\n"
+      : "=f"(x)
+      : "r"(shared_address(pointer)), "r"(rank)
+      : "memory");
+  return x;
+}
+
+enum Statistic { kKeySum, kValueSum, kValueLow, kValueHigh, kStatistics };
+
+DEVICE float combine(int statistic, float a, float b) {
+  return statistic == kValueLow ? fminf(a, b) : statistic == kValueHigh ? fmaxf(a, b) : a + b;
+}
+
+DEVICE void gather_statistics(const Int8Params& p, int batch, int head, int rank) {
+  __shared__ float partial[kStatistics][kRowsPerPass][HEAD_DIM];
+  __shared__ float totals[kStatistics][HEAD_DIM];
+  const int group = threadIdx.x % kGroups;
+  const int length = valid_keys(p, batch);
+  const u16* key = p.key + batch * p.key_strides[0] + head * p.key_strides[1] + 8 * group;
+  const u16* value = p.value + batch * p.value_strides[0] + head * p.value_strides[1] + 8 * group;
+  float sums[kStatistics][8];
+#pragma unroll
+  for (int c = 0; c < 8; ++c) {
+    sums[kKeySum][c] = sums[kValueSum][c] = 0.f;
+    sums[kValueLow][c] = infinity();
+    sums[kValueHigh][c] = -infinity();
+  }
+  const int end = 8 * group < p.head_dim ? length : 0;
+#pragma unroll 4
+  for (int row = rank * kRowsPerPass + threadIdx.x / kGroups; row < end; row += kClusterSize * kRowsPerPass) {
+    const Channels k = unpack(*reinterpret_cast<const uint4*>(key + row * p.key_strides[2]));
+    const Channels v = unpack(*reinterpret_cast<const uint4*>(value + row * p.value_strides[2]));
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      sums[kKeySum][c] += k.x[c];
+      sums[kValueSum][c] += v.x[c];
+      sums[kValueLow][c] = fminf(sums[kValueLow][c], v.x[c]);
+      sums[kValueHigh][c] = fmaxf(sums[kValueHigh][c], v.x[c]);
+    }
+  }
+#pragma unroll
+  for (int statistic = 0; statistic < kStatistics; ++statistic)
+#pragma unroll
+    for (int c = 0; c < 8; ++c) partial[statistic][threadIdx.x / kGroups][8 * group + c] = sums[statistic][c];
+  __syncthreads();
+  for (int i = threadIdx.x; i < kStatistics * HEAD_DIM; i += kThreads) {
+    const int statistic = i / HEAD_DIM, channel = i % HEAD_DIM;
+    float total = partial[statistic][0][channel];
+    for (int row = 1; row < kRowsPerPass; ++row) total = combine(statistic, total, partial[statistic][row][channel]);
+    totals[statistic][channel] = total;
+  }
+  cluster_sync();
+  if (rank == 0 && threadIdx.x < HEAD_DIM) {
+    const int channel = threadIdx.x;
+    float total[kStatistics];
+#pragma unroll
+    for (int statistic = 0; statistic < kStatistics; ++statistic) {
+      total[statistic] = totals[statistic][channel];
+      for (u32 other = 1; other < kClusterSize; ++other)
+        total[statistic] = combine(statistic, total[statistic], load_from_cta(&totals[statistic][channel], other));
+    }
+    const float count = max(length, 1);
+    const float value_mean = total[kValueSum] / count;
+    u32 largest = max(magnitude(total[kValueHigh] - value_mean), magnitude(value_mean - total[kValueLow]));
+    if (length == 0 || channel >= p.head_dim) largest = 0;
+    const i64 at = (i64(batch) * p.kv_heads + head) * HEAD_DIM + channel;
+    p.key_mean[at] = total[kKeySum] / count;
+    p.value_mean[at] = value_mean;
+    p.value_scale[at] = make_scale(largest, 448.f).scale;
+    p.value_error[at] = 0;
+  }
+  cluster_sync();  // no CTA leaves while another reads its shared memory
+}
+
+// ---- launches ------------------------------------------------------------------------------------------------------
+
+DEVICE void quantize_query_block(const Int8Params& p, int index) {
+  const int blocks = ceil_div(p.query_rows, KEYS);
+  const int batch_head = index / blocks;
+  if (batch_head < p.batch * p.heads) quantize_query(p, index % blocks, batch_head / p.heads, batch_head % p.heads);
+}
+
+// Grid: 8 * B * Hkv, plus ceil(query_rows / KEYS) * B * H rounded up to whole clusters where no LSE is wanted.
+extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads)
+    int8_sm90_statistics(const __grid_constant__ Int8Params p) {
+  const int cluster = blockIdx.x / kClusterSize;
+  if (cluster < p.batch * p.kv_heads)
+    gather_statistics(p, cluster / p.kv_heads, cluster % p.kv_heads, blockIdx.x % kClusterSize);
+  else
+    quantize_query_block(p, blockIdx.x - kClusterSize * p.batch * p.kv_heads);
+}
+
+// Grid: 2 * key_blocks * B * Hkv, plus ceil(query_rows / KEYS) * B * H where LSE is wanted.
+// The last tokens first: the statistics have read them last, so that they may still be in the L2 cache.
+extern "C" __global__ void __launch_bounds__(kThreads, 3) int8_sm90_quantize(const __grid_constant__ Int8Params p) {
+  __shared__ __align__(16) u32 shared[KEYS * HEAD_DIM / 4];
+  const int kv_heads = p.batch * p.kv_heads;
+  const int block = p.key_blocks - 1 - int(blockIdx.x) / (2 * kv_heads);
+  if (block < 0) {
+    quantize_query_block(p, blockIdx.x - 2 * kv_heads * p.key_blocks);
+    return;
+  }
+  const int role = blockIdx.x % (2 * kv_heads);
+  const int batch_head = role % kv_heads, batch = batch_head / p.kv_heads, head = batch_head % p.kv_heads;
+  if (role < kv_heads)
+    quantize_key(p, block, batch, head, shared);
+  else
+    quantize_value(p, block, batch, head, shared);
+}

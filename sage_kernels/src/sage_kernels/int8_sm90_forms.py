@@ -1,0 +1,51 @@
+"""How the INT8 kernel for sm_90a is compiled for each head dimension.
+
+Fixed, because a search at run time would stall the first call of every shape. Found by
+`python sage_kernels/benchmarks/tune_int8_sm90.py`.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Int8Sm90Form:
+    """One compilation of csrc/int8_sm90_attention.cu.
+
+    Attributes:
+        head_dim: 64 or 128; smaller ones are padded.
+        warpgroups: of 64 query rows each.
+        stages: key blocks in flight.
+        pingpong: two warpgroups take turns with the tensor cores.
+        promote: key blocks whose P V adds up with the 14 bits of FP8 wgmma before it is added in float32; 0 for all.
+        headroom: the output is rescaled only when the row maximum has grown by more than this many powers of two.
+        ones: the row sum, then of the rounded weights, comes from columns of ones beside V rather than from additions.
+        line: of every eight weights, how many come from a straight line in place of an exponential.
+        keys: of a block; they share an INT8 scale.
+    """
+
+    head_dim: int
+    warpgroups: int
+    stages: int
+    pingpong: bool
+    promote: int
+    headroom: int = 0
+    ones: bool = False
+    line: int = 0
+    keys: int = 128
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a thread block."""
+        return 64 * self.warpgroups
+
+    @property
+    def shared_bytes(self) -> int:
+        """Q, the rings of K and V with 8 rows of ones, and their barriers."""
+        tiles = self.rows * self.head_dim + 2 * self.stages * self.keys * self.head_dim
+        return tiles + self.stages * 8 * self.keys * self.ones + 8 * (4 * self.stages + 2 * self.warpgroups)
+
+
+FORMS = (
+    Int8Sm90Form(64, warpgroups=3, stages=8, pingpong=False, promote=4, headroom=2),
+    Int8Sm90Form(128, warpgroups=2, stages=5, pingpong=True, promote=4, headroom=2, ones=True),
+)

@@ -1,0 +1,28 @@
+"""Triton's interpreter, with its conversions between float formats put right."""
+
+from importlib import import_module
+
+import numpy as np
+import torch
+
+_TORCH_DTYPES = {"bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn}
+_BITS = {"bf16": (torch.int16, np.uint16), "fp8e4nv": (torch.uint8, np.uint8)}
+
+
+def round_as_gpus_do(monkeypatch):
+    """Give the interpreter the rounding of GPUs, nearest with ties to even.
+
+    Its own drops the carry out of the mantissa (1.96875 becomes 1.0 in E4M3) and rounds ties up (Triton 3.9).
+    """
+    interpreter = import_module("triton.runtime.interpreter")
+
+    convert = interpreter._convert_float
+
+    def convert_float(x, source, target, rounding_mode):
+        if source.name != "fp32" or target.name not in _TORCH_DTYPES:
+            return convert(x, source, target, rounding_mode)
+        rounded = torch.from_numpy(np.ascontiguousarray(x).view(np.float32)).to(_TORCH_DTYPES[target.name])
+        torch_bits, numpy_bits = _BITS[target.name]
+        return rounded.view(torch_bits).numpy().view(numpy_bits)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert_float)

@@ -1,0 +1,49 @@
+"""What the INT8 kernel for sm_90a refuses, and that its forms fit the hardware."""
+
+import pytest
+import torch
+
+from sage_kernels.architectures import find_architecture
+from sage_kernels.attention_call import make_call
+from sage_kernels.int8_sm90_forms import FORMS
+from sage_kernels.kernels.int8_sm90 import KERNEL
+
+HOPPER = find_architecture((9, 0))
+
+
+def call_with(head_dim=64, mask=None, requires_grad=False):
+    q, k, v = (torch.zeros(1, 2, 5, head_dim, dtype=torch.bfloat16, requires_grad=requires_grad) for _ in range(3))
+    return make_call(q, k, v, mask, False, None, False, None, "BHND", "int8", False, False)
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 80, 96, 104, 128])
+def test_takes_head_dims_that_fit_its_tiles(head_dim):
+    assert KERNEL.refuse(call_with(head_dim), HOPPER) is None
+
+
+@pytest.mark.parametrize(
+    ("call", "architecture", "words"),
+    [
+        (call_with(), None, "only sm_90a has"),
+        (call_with(), find_architecture((8, 9)), "only sm_90a has"),
+        (call_with(), find_architecture((12, 0)), "only sm_90a has"),
+        (call_with(requires_grad=True), HOPPER, "trainable_attention"),
+        (call_with(mask=torch.ones(5, 5, dtype=torch.bool)), HOPPER, "no mask tensor"),
+        (call_with(head_dim=136), HOPPER, "head_dim 136"),
+        (call_with(head_dim=33), HOPPER, "head_dim 33"),
+    ],
+)
+def test_refuses_what_it_can_not_do(call, architecture, words):
+    assert words in (KERNEL.refuse(call, architecture) or "")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_fit_into_a_thread_block(form):
+    assert form.shared_bytes <= HOPPER.shared_memory
+    assert 128 * (form.warpgroups + 1) <= 1024
+    assert not form.pingpong or form.warpgroups == 2
+
+
+def test_forms_are_in_order_of_head_dim():
+    dims = [form.head_dim for form in FORMS]
+    assert dims == sorted(set(dims))
