@@ -11,7 +11,7 @@ from sage_kernels import UnsupportedAttention, architectures, dispatch
 from sage_kernels.architectures import ARCHITECTURES, find_architecture
 from sage_kernels.attention_call import make_call
 from sage_kernels.cli import main
-from sage_kernels.kernels import KERNELS, emulation, find_kernel
+from sage_kernels.kernels import KERNELS, find_kernel
 from sage_kernels.precision import PRECISIONS
 from sage_kernels.recipes import RECIPES
 from sage_kernels.reference import quantized_attention
