@@ -3,6 +3,8 @@
 import ctypes
 from types import SimpleNamespace
 
+from sage_kernels.driver import LaunchConfig
+
 NAMES = {0: b"CUDA_SUCCESS", 200: b"CUDA_ERROR_INVALID_IMAGE", 701: b"CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"}
 
 
@@ -12,19 +14,20 @@ class FakeCuda(SimpleNamespace):
     def __init__(self, version=12080, parameter_bytes=24):
         super().__init__()
         self.calls, self.contexts, self.failures = [], [], {}
-        self.launched_parameters = []
+        self.launched_parameters, self.launched_configs = [], []
         self._answers = {
             "cuDriverGetVersion": lambda out: write(out, version),
             "cuGetErrorName": lambda code, out: write(out, NAMES.get(code)),
             "cuGetErrorString": lambda code, out: write(out, b"what the driver says"),
             "cuDeviceGet": write,
             "cuDevicePrimaryCtxRetain": lambda out, device: write(out, 1000 + device.value),
+            "cuCtxGetCurrent": lambda out: write(out, self.contexts[-1] if self.contexts else None),
             "cuCtxPushCurrent_v2": self.contexts.append,
             "cuCtxPopCurrent_v2": lambda out: self.contexts.pop(),
             "cuModuleLoadData": lambda out, image: write(out, 2000 + self.contexts[-1]),
             "cuModuleGetFunction": lambda out, module, name: write(out, 5),
             "cuFuncGetParamInfo": lambda function, index, offset, size: write(size, parameter_bytes),
-            "cuLaunchKernel": self._launch,
+            "cuLaunchKernelEx": self._launch,
         }
         for name in (*self._answers, "cuInit", "cuFuncSetAttribute"):
             setattr(self, name, self._function(name))
@@ -40,8 +43,11 @@ class FakeCuda(SimpleNamespace):
 
         return function
 
-    def _launch(self, *arguments):
-        self.launched_parameters.append((self.contexts[-1], ctypes.c_uint32.from_address(arguments[9][0]).value))
+    def _launch(self, config, function, parameters, extra):
+        config = LaunchConfig.from_buffer_copy(config._obj)
+        shape = (*config.grid, *config.block, config.shared_bytes, config.stream)
+        self.launched_configs.append((function.value, *shape))
+        self.launched_parameters.append((self.contexts[-1], ctypes.c_uint32.from_address(parameters[0]).value))
 
     def count(self, name):
         """How often a function was called."""

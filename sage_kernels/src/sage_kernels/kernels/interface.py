@@ -9,6 +9,16 @@ from sage_kernels.attention_call import AttentionCall
 from sage_kernels.precision import Precision
 
 
+class Plan(Protocol):
+    """How calls that differ only in their tensors' contents are computed. Holds no tensors."""
+
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, key_lengths: Tensor | None) -> Any:
+        """As Kernel.prepare(), of the tensors that attention() was given; q, k and v in the caller's layout."""
+
+    def run(self, state: Any) -> tuple[Tensor, Tensor | None]:
+        """As Kernel.run()."""
+
+
 class Kernel(Protocol):
     """One way to compute attention at one precision."""
 
