@@ -8,7 +8,7 @@ import ctypes
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -172,9 +172,8 @@ class PreparedLaunch:
     key_lengths: Tensor | None
 
 
-@runtime_checkable
-class PlanningKernel(Hashable, Protocol):
-    """A kernel whose launches can be planned."""
+class LaunchingKernel(Hashable, Protocol):
+    """A kernel whose launches are planned."""
 
     def plan(self, call: AttentionCall) -> "LaunchPlan":
         """The launches of all calls of `call`'s form; loads what they need."""
@@ -268,7 +267,7 @@ def _copy(x: Tensor, layout: str) -> Tensor:
     return x.to(dtype, memory_format=torch.contiguous_format, copy=True)
 
 
-def planned(kernel: PlanningKernel, call: AttentionCall) -> LaunchPlan:
+def planned(kernel: LaunchingKernel, call: AttentionCall) -> LaunchPlan:
     """The plan of a call's form, made where there is none yet."""
     form = (kernel, form_of_call(call))
     plan = _PLANS.get(form)

@@ -9,8 +9,7 @@ from sage_kernels.attention_call import AttentionCall, make_call
 from sage_kernels.call_form import FormCache, form_of_arguments
 from sage_kernels.dispatch import Decision, UnsupportedAttention, decide
 from sage_kernels.kernels import find_kernel
-from sage_kernels.kernels.interface import Kernel, Plan
-from sage_kernels.launch_plan import PlanningKernel, planned
+from sage_kernels.kernels.interface import Kernel, Plan, PlanningKernel
 
 _CAPACITY = 256  # forms; a model has a few, and a plan takes some KiB
 
@@ -45,12 +44,34 @@ def plan_attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> PlannedAtt
     decision = decide(call)
     if decision.kernel is None:
         raise UnsupportedAttention(decision, call.precision)
-    kernel = find_kernel(decision.kernel)
-    plan: Plan = planned(kernel, call) if isinstance(kernel, PlanningKernel) else CallByCall(kernel, call)
-    made = PlannedAttention(kernel.name, call.layout, plan)
+    made = _plan(find_kernel(decision.kernel), call)
     if form is not None:
         _PLANNED.put(form, made)
     return made
+
+
+def plan_with(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> None:
+    """From now on let attention() compute calls of this form by `kernel`, whatever it would choose: for tests and
+    measurements of kernels that this machine doesn't offer.
+
+    Args:
+        kernel: any kernel, such as one whose instructions are emulated.
+        q, k, v: on the GPU.
+        options: in the order of make_call().
+
+    Raises:
+        TypeError, ValueError: as attention(); also where calls of the form are not planned.
+    """
+    form = form_of_arguments(q, k, v, *options)
+    call = make_call(q, k, v, *options)
+    if form is None:
+        raise ValueError(f"only calls on the GPU are planned, got device {q.device}")
+    _PLANNED.put(form, _plan(kernel, call))
+
+
+def _plan(kernel: Kernel, call: AttentionCall) -> PlannedAttention:
+    plan = kernel.plan(call) if isinstance(kernel, PlanningKernel) else CallByCall(kernel, call)
+    return PlannedAttention(kernel.name, call.layout, plan)
 
 
 def decide_attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Decision:

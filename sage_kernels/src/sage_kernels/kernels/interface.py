@@ -1,6 +1,6 @@
 """What a kernel file provides."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -45,3 +45,11 @@ class Kernel(Protocol):
 
     def run(self, state: Any) -> tuple[Tensor, Tensor | None]:
         """Output [B, H, Nq, D] in the query's dtype, and LSE float32 [B, H, Nq] where the call wants it."""
+
+
+@runtime_checkable
+class PlanningKernel(Kernel, Protocol):
+    """A kernel that works out once what all calls of one form share."""
+
+    def plan(self, call: AttentionCall) -> Plan:
+        """The plan of all calls of `call`'s form; it keeps none of its tensors."""
