@@ -65,7 +65,9 @@ def form_of_arguments(
 
     That is so off the GPU, where nothing is gained, and for what isn't plainly a tensor: tracers, subclasses, mistakes.
     """
-    if not (type(q) is type(k) is type(v) is Tensor and q.is_cuda) or torch.compiler.is_compiling():
+    if not (type(q) is type(k) is type(v) is Tensor and q.is_cuda and type(layout) is type(precision) is str):
+        return None
+    if torch.compiler.is_compiling():
         return None
     try:
         return (
