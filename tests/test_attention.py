@@ -287,8 +287,9 @@ def test_compiled_sixteen_bit_attention_is_differentiable():
     assert q.grad is not None
 
 
-def test_custom_op_passes_torchs_own_checks():
-    arguments = (*qkv(), None, True, None, False, None, "BHND", "fp4", True, True)
-    torch.library.opcheck(
-        torch.ops.sage_kernels.attention.default, arguments, test_utils=("test_schema", "test_faketensor")
-    )
+@pytest.mark.parametrize("name", ["attention", "attention_with_lse"])
+@pytest.mark.parametrize("layout", ["BHND", "BNHD"])
+def test_operators_pass_torchs_own_checks(name, layout):
+    arguments = (*qkv(heads=6, kv_heads=6, rows=6, keys=6), None, True, None, False, None, layout, "fp4", True)
+    operator = getattr(torch.ops.sage_kernels, name).default
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

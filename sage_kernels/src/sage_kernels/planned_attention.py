@@ -50,6 +50,25 @@ def plan_attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> PlannedAtt
     return made
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Any:
+    """attention() outside of compiled graphs; `options` in the order of make_call().
+
+    Returns:
+        Output, or output and LSE.
+    """
+    attn_mask, _, _, _, key_lengths, *_ = options
+    planned = plan_attention(q, k, v, *options)
+    plan = planned.plan
+    return in_layout(planned.layout, *plan.run(plan.prepare(q, k, v, attn_mask, key_lengths)))
+
+
+def in_layout(layout: str, output: Tensor, lse: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    """What the caller gets of output [B, H, N, D] and LSE."""
+    if layout == "BNHD":
+        output = output.transpose(1, 2)
+    return output if lse is None else (output, lse)
+
+
 def plan_with(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> None:
     """From now on let attention() compute calls of this form by `kernel`, whatever it would choose: for tests and
     measurements of kernels that this machine doesn't offer.
