@@ -129,6 +129,20 @@ def test_it_writes_evidence_timings_and_the_doctors_text(gpu, tmp_path, capsys):
     assert str(file) in text
 
 
+def test_the_benchmark_prints_and_writes_its_rows(gpu, tmp_path, capsys):
+    file = tmp_path / "out.json"
+    assert main(["bench", "--output", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("a GPU\nflux\n")
+    assert "1.50 x the best of SDPA" in text
+    record = json.loads(file.read_text())
+    assert set(record) == {"machine", "gpu", "torch", "commit", "date", "command", "rows"}
+    assert [row["method"] for row in record["rows"]] == ["sdpa_flash", "fp4"]
+    file.unlink()
+    assert main(["bench"]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_failed_cases_are_named_and_end_in_an_exit_code(gpu, tmp_path, capsys):
     gpu.setattr(selftest, "attention", lambda *qkv, **options: emulated(*qkv, **options) * 2)
     assert main(["selftest", "--no-timings", "--output", str(tmp_path / "out.json")]) == 1

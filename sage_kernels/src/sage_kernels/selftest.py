@@ -1,7 +1,9 @@
 """The selftest: are the kernels right on this GPU, and how fast are they? Writes what an issue needs."""
 
-from collections.abc import Callable, Iterable, Iterator
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -149,8 +151,32 @@ def summary(record: dict[str, Any], report: Report) -> str:
         *([f"  and {len(failed) - _SHOWN} more, in the file"] if len(failed) > _SHOWN else []),
         *(f"  ERROR {error}" for error in errors[:_SHOWN]),
     ]
-    for shape in dict.fromkeys(row["shape"] for row in report.rows):
-        entries = [row for row in report.rows if row["shape"] == shape]
+    return "\n".join([*lines, *timing_lines(report.rows)])
+
+
+def bench(output: Path | None, device: torch.device) -> None:
+    """Time the benchmark shapes, print them, and write them where `output` says.
+
+    Raises:
+        ValueError: not an NVIDIA GPU.
+    """
+    if device_architecture(device) is None:
+        raise ValueError(f"the benchmark runs on NVIDIA GPUs, got device {device}")
+    torch.cuda.set_device(device)
+    rungs = next(each.precisions for each in capabilities() if each.device == str(device))
+    rows = list(measure(rungs, device))
+    if output is not None:
+        machine = {"machine": platform.platform(), "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+        version = {"commit": f"sage_kernels {__version__}", "date": date.today().isoformat()}
+        write_json(output, {**machine, **version, "command": "sage-kernels bench", "rows": rows})
+    print("\n".join([torch.cuda.get_device_name(), *timing_lines(rows)]))
+
+
+def timing_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Rows of timings for people, by shape."""
+    lines = []
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        entries = [row for row in rows if row["shape"] == shape]
         best = min((row["ms"] for row in entries if row["method"] in _SDPA), default=None)
         lines.append(shape)
         for row in entries:
@@ -159,7 +185,7 @@ def summary(record: dict[str, Any], report: Report) -> str:
                 f"  {row['method']:10} {row['benchmark']:11} {row['ms']:9.3f} ms {row['tflops']:6.0f} TFLOP/s, "
                 f"rel. L1 {row['rel_l1']:.4f}{speed}"
             )
-    return "\n".join(lines)
+    return lines
 
 
 def progress(items: Iterable[_T], description: str) -> Iterable[_T]:

@@ -87,15 +87,19 @@ def kernel_recipe(kernel: Kernel, call: GridCall, device: torch.device) -> Recip
     """What `kernel` computes of a call: its own answer where it has one, else its precision's; None at 16 bits."""
     if not isinstance(kernel, RecipeKernel):
         return RECIPES.get(kernel.precision)
+    q, k, v = call.operands(device)
     options = call.options(device)
-    arguments: list[Any] = [
-        options.get("attn_mask"),
-        options.get("is_causal", False),
-        None,
-        True,
-        options.get("key_lengths"),
-    ]
-    return kernel.recipe(make_call(*call.operands(device), *arguments, "BHND", kernel.precision, False, False))
+    checked = make_call(
+        *(q, k, v, options.get("attn_mask"), options.get("is_causal", False)),
+        scale=None,
+        enable_gqa=True,
+        key_lengths=options.get("key_lengths"),
+        layout="BHND",
+        precision=kernel.precision,
+        return_lse=False,
+        allow_emulation=False,
+    )
+    return kernel.recipe(checked)
 
 
 def run_call(
