@@ -1,8 +1,11 @@
 """Compile, load and launch on a real GPU, with the example kernel: streams, threads, graphs, devices, cost."""
 
 import logging
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from sage_kernels.architectures import device_architecture
 from sage_kernels.cubin_cache import CubinCache
 from sage_kernels.cubin_loader import KernelLoader
 from sage_kernels.cubin_manifest import CubinManifest
-from sage_kernels.driver import Driver, DriverError, cuda_driver
+from sage_kernels.driver import Driver, DriverError, KernelLoadError, cuda_driver
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,6 +56,41 @@ def test_it_compiles_once_and_computes_with_more_than_48_kib_of_shared_memory(lo
     compiled = caplog.text.count("compiling")
     assert torch.equal(*launch(load()))
     assert caplog.text.count("compiling") == compiled <= 1
+
+
+def test_a_damaged_cache_entry_is_compiled_again_and_computes(load, cache, caplog):
+    load()
+    for damage in (lambda content: content[:-7], lambda content: b"", lambda content: content[:40] + b"x" * 100):
+        for entry in cache.folder.glob("*.cubin"):
+            entry.write_bytes(damage(entry.read_bytes()))
+        caplog.clear()
+        assert torch.equal(*launch(load()))
+        assert "damaged and will be compiled again" in caplog.text
+    caplog.clear()
+    assert torch.equal(*launch(load()))
+    assert caplog.text == ""
+
+
+def test_processes_that_compile_at_once_share_a_cache(tmp_path):
+    script = Path(__file__).parents[1] / "support" / "launch_example.py"
+    processes = [
+        subprocess.Popen([sys.executable, script, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    for process in processes:
+        output, errors = process.communicate(timeout=120)
+        assert output == "right\n", errors
+    assert [path.suffix for path in tmp_path.iterdir()] == [".cubin"]
+
+
+def test_a_driver_that_is_too_old_is_named(cache, monkeypatch):
+    monkeypatch.setattr(Driver, "version", lambda self: (11, 8))
+    loader = KernelLoader(cuda_driver(), SOURCES, CubinManifest(cache.folder), cache)
+    target = device_architecture(torch.device("cuda")).target
+    with pytest.raises(
+        KernelLoadError, match=r"supports CUDA up to 11\.8; .* need a driver for CUDA .* update the GPU"
+    ):
+        loader.load(VARIANT, 0, target, emulate=True)
 
 
 def test_it_runs_on_the_current_stream(load):
