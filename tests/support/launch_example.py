@@ -1,4 +1,4 @@
-"""Compile or load the example kernel with a cache folder, launch it, and say whether it computed: `launch_example.py DIR`.
+"""`launch_example.py DIR`: load the example kernel with DIR as its cache, launch it, say whether it computed.
 
 A process of its own, for tests of several that share a cache.
 """
