@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from fake_cuda import FakeCuda
-from sage_kernels.driver import Driver, DriverError, KernelLoadError, configure_launch
+from sage_kernels.driver import Driver, DriverError, KernelLoadError, LaunchConfig, configure_launch
 
 
 class Parameters(ctypes.Structure):
@@ -20,6 +20,13 @@ def launch(library, parameters, context=1000, count=1):
 
 def test_version_is_that_of_cuda():
     assert Driver(FakeCuda(version=12090)).version() == (12, 9)
+
+
+def test_launch_configurations_are_laid_out_as_in_c():
+    offsets = {name: getattr(LaunchConfig, name).offset for name, _ in LaunchConfig._fields_}
+    expected = {"grid": 0, "block": 12, "shared_bytes": 24, "stream": 32, "attributes": 40, "attribute_count": 48}
+    assert offsets == expected
+    assert ctypes.sizeof(LaunchConfig) == 56
 
 
 def test_a_launch_passes_grid_block_memory_stream_and_the_address_of_the_struct():

@@ -98,6 +98,9 @@ def _cubins(fixes: list[str]) -> Iterator[str]:
 
 def _cache() -> Iterator[str]:
     folder = cache_folder()
+    if folder is None:
+        yield "kernels compiled on this machine: none are kept, because this user has no home folder"
+        return
     count = len(list(folder.glob("*.cubin")))
     if count:
         yield f"kernels compiled on this machine: {count}, in {folder}"
