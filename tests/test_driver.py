@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from fake_cuda import FakeCuda
-from sage_kernels.driver import Driver, DriverError, KernelLoadError, LaunchConfig, configure_launch
+from sage_kernels.driver import Driver, DriverError, KernelLoadError, LaunchConfig, configure_launch, point_to
 
 
 class Parameters(ctypes.Structure):
@@ -14,8 +14,8 @@ class Parameters(ctypes.Structure):
 
 
 def launch(library, parameters, context=1000, count=1):
-    launches = [configure_launch(5, (7, 8, 9), 256, 4096, 77)] * count
-    Driver(library).launch(context, launches, parameters)
+    launches = [(configure_launch(5, (7, 8, 9), 256, 4096, 77), point_to(parameters))] * count
+    Driver(library).launch(context, launches)
 
 
 def test_version_is_that_of_cuda():
@@ -37,7 +37,7 @@ def test_a_launch_passes_grid_block_memory_stream_and_the_address_of_the_struct(
     assert library.launched_parameters == [(1000, 42)]
 
 
-def test_launches_in_a_row_take_the_same_parameters():
+def test_launches_in_a_row_share_one_change_of_context():
     library = FakeCuda()
     launch(library, Parameters(42), count=3)
     assert library.launched_parameters == [(1000, 42)] * 3
@@ -115,11 +115,12 @@ def test_drivers_that_cannot_tell_the_parameter_size_are_fine():
 def test_threads_can_launch_at_once():
     library = FakeCuda()
     library.contexts.append(1000)  # of every thread: the fake has one stack
-    driver, launches = Driver(library), [configure_launch(5, (1, 1, 1), 32, 0, 0)]
+    driver, configured = Driver(library), configure_launch(5, (1, 1, 1), 32, 0, 0)
 
     def work(number):
         for _ in range(50):
-            driver.launch(1000, launches, Parameters(number))
+            parameters = Parameters(number)
+            driver.launch(1000, [(configured, point_to(parameters))])
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:

@@ -100,6 +100,39 @@ def test_a_plan_gives_the_addresses_and_strides_of_each_call(cuda, name, layout)
 
 
 @pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("layout", ["BHND", "BNHD"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_all_at_once_launches_the_same_as_one_after_the_other(cuda, name, layout, dtype):
+    kernel, prepare_struct, run_struct = KERNELS[name]
+    lengths = torch.tensor([3, 9, 4], dtype=torch.int32)[::2]
+    call = call_of(layout, dtype, key_lengths=lengths, return_lse=True)
+    q, k, v = (x.transpose(1, 2) if layout == "BNHD" else x for x in (call.query, call.key, call.value))
+    plan = kernel.plan(call)
+    apart = plan.run(plan.prepare(q, k, v, None, lengths))
+    structs, configs = list(cuda.launched_structs), list(cuda.launched_configs)
+    cuda.launched_structs.clear()
+    cuda.launched_configs.clear()
+    cuda.calls.clear()
+    at_once = plan.attend(q, k, v, None, lengths)
+    assert cuda.launched_configs == configs
+    assert cuda.count("cuCtxPushCurrent_v2") == 1
+    for one, other in zip(apart, at_once, strict=True):
+        assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+    ran = read(cuda, run_struct, 2)
+    assert ran.lse == at_once[1].data_ptr()
+    assert dtype == torch.float32 or ran.output == at_once[0].data_ptr()
+    addresses = {"query", "key", "value", "key_lengths", "output", "lse", *plan.workspace.offsets()}
+    for index, struct in enumerate((prepare_struct, prepare_struct, run_struct)):
+        before, after = struct.from_buffer_copy(structs[index]), read(cuda, struct, index)
+        for field, _ in struct._fields_:
+            values = [getattr(each, field) for each in (before, after)]
+            values = [tuple(x) if isinstance(x, ctypes.Array) else x for x in values]
+            if field in addresses:
+                values = [bool(getattr(x, "data", x)) for x in values]
+            assert values[0] == values[1], field
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_a_plan_keeps_no_tensor(cuda, name):
     kernel, _, _ = KERNELS[name]
     call = call_of(key_lengths=torch.tensor([3, 4], dtype=torch.int32))
@@ -259,12 +292,17 @@ class Parameters(ctypes.Structure):
 
 def test_a_template_is_filled_with_addresses_and_stays_as_it_is():
     template = ParameterTemplate(Parameters(number=7, factor=0.5), {"buffer": 512}, ("second", None, "first"))
-    for base in (1 << 40, 4096):
-        filled = Parameters.from_buffer_copy(template.filled(base, 22, 33, 11))
+    for base in (1 << 40, 4096, 1 << 40):
+        words = template.filled(base, 22, 33, 11)
+        assert words[0] == ctypes.addressof(words) + 8
+        filled = Parameters.from_address(words[0])
         assert (filled.first, filled.second, filled.buffer) == (11, 22, base + 512)
         assert (filled.number, filled.factor) == (7, 0.5)
     with pytest.raises(ValueError, match="zip"):
         template.filled(0, 1, 2)
+    for base in range(100):
+        template.filled(base, 1, 2, 3)
+    assert len(template._with_workspace) <= 16
 
 
 def test_buffers_of_a_workspace_are_aligned_and_do_not_overlap():

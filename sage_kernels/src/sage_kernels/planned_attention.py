@@ -56,10 +56,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Any:
     Returns:
         Output, or output and LSE.
     """
-    attn_mask, _, _, _, key_lengths, *_ = options
     planned = plan_attention(q, k, v, *options)
-    plan = planned.plan
-    return in_layout(planned.layout, *plan.run(plan.prepare(q, k, v, attn_mask, key_lengths)))
+    output, lse = planned.plan.attend(q, k, v, options[0], options[4])
+    if planned.layout == "BNHD":
+        output = output.transpose(1, 2)
+    return output if lse is None else (output, lse)
 
 
 def in_layout(layout: str, output: Tensor, lse: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
@@ -133,6 +134,12 @@ class CallByCall:
     def run(self, state: Any) -> tuple[Tensor, Tensor | None]:
         """The kernel's own."""
         return self._kernel.run(state)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, key_lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One after the other."""
+        return self.run(self.prepare(q, k, v, attn_mask, key_lengths))
 
 
 _PLANNED: FormCache[PlannedAttention] = FormCache(_CAPACITY)
