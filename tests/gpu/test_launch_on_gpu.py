@@ -16,6 +16,7 @@ from sage_kernels.cubin_cache import CubinCache
 from sage_kernels.cubin_loader import KernelLoader
 from sage_kernels.cubin_manifest import CubinManifest
 from sage_kernels.driver import Driver, DriverError, KernelLoadError, cuda_driver
+from sage_kernels.launch_plan import LaunchSequence, ParameterTemplate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -166,16 +167,18 @@ def test_what_is_no_cubin_is_an_error_and_not_a_crash():
     assert torch.ones(3, device="cuda").sum().item() == 3
 
 
-def test_a_launch_costs_a_few_microseconds_of_host_time(load):
-    kernel = load()
+def test_a_planned_launch_costs_a_few_microseconds_of_host_time(load):
     source, destination = torch.ones(COUNT, device="cuda"), torch.zeros(COUNT, device="cuda")
-    parameters = Parameters(source.data_ptr(), destination.data_ptr(), COUNT, 1.0)
+    template = ParameterTemplate(Parameters(count=COUNT, scale=1.0), {}, ("source", "destination"))
+    sequence = LaunchSequence(((load(), 8),), template)
+    addresses = source.data_ptr(), destination.data_ptr()
     best = float("inf")
     for _ in range(20):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(100):  # fewer than fill the launch queue
-            kernel.launch((8, 1, 1), parameters)
+            sequence.start(0, *addresses)
         best = min(best, (time.perf_counter() - start) / 100)
     print(f"host time of a launch: {best * 1e6:.2f} µs")
+    assert torch.equal(destination, source * 6)
     assert best * 1e6 < LAUNCH_MICROSECONDS
