@@ -84,10 +84,11 @@ def test_a_failed_call_raises_and_leaves_the_callers_context_current(call):
     assert library.contexts == []
 
 
-def test_known_errors_say_what_to_do():
+@pytest.mark.parametrize(("code", "advice"), [(200, "update the GPU driver"), (900, "call once before the capture")])
+def test_known_errors_say_what_to_do(code, advice):
     library = FakeCuda()
-    library.failures["cuModuleLoadData"] = 200
-    with pytest.raises(DriverError, match="update the GPU driver"):
+    library.failures["cuModuleLoadData"] = code
+    with pytest.raises(DriverError, match=advice):
         Driver(library).load_function(1000, b"no cubin", "entry")
 
 

@@ -33,6 +33,7 @@ _ADVICE = {
     209: "the compiled kernel is for another GPU architecture",
     222: "the GPU driver is older than the compiler of this kernel; update the GPU driver",
     701: "the kernel wants more registers or shared memory than this GPU has",
+    900: "the first use of a kernel can't be captured in a CUDA graph; make the same call once before the capture",
     803: "the driver in use and the one installed differ; restart the machine",
 }
 
