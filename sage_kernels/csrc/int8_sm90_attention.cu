@@ -8,8 +8,8 @@
 // and PINGPONG: two of them take turns with the tensor cores. PROMOTE: FP8 wgmma accumulates with about 14 bits, so
 // that P V of this many key blocks starts at zero and is added in float32; 0 never does. ONES: the row sum comes from 8
 // columns of ones beside V, rather than from additions. HEADROOM: O is rescaled only when the row maximum has grown by
-// more than this many powers of two. LINE: of every eight weights, how many come from a straight line between powers of
-// two in place of the exponential.
+// more than this many powers of two. LINE: of every eight words of weights, how many come from a straight line between
+// powers of two in place of the exponential; that needs ONES.
 #include "int8_sm90_schedule.cuh"
 
 constexpr int kThreads = 128 * (WARPGROUPS + 1);
@@ -18,17 +18,19 @@ constexpr int kTileBytes = KEYS * HEAD_DIM;  // of K, and of V
 constexpr int kConsumerRegisters = WARPGROUPS == 2 ? 240 : 160;
 constexpr int kProducerRegisters = WARPGROUPS == 2 ? 24 : 32;
 constexpr int kValueRowBytes = KEYS % 128 == 0 ? 128 : KEYS % 64 == 0 ? 64 : 32;
-constexpr int kScores = KEYS / 2;              // S registers of a thread
+constexpr int kScores = KEYS / 2;  // S registers of a thread
+constexpr int kEarly = SPLIT ? kScores / 8 * SPLIT : kScores;
 constexpr int kOutputs = HEAD_DIM / 2;         // O registers of a thread
 constexpr int kColumns = kOutputs + 4 * ONES;  // with the row sums: of row lane / 4 first, of 8 rows on third
 constexpr int kOnesBytes = ONES * 1024;        // behind each stage of V
+static_assert(!LINE || ONES, "weights of a line exist as codes only");
 static_assert(!ONES || KEYS == 128, "8 rows of ones follow V's in one swizzled image");
 constexpr u32 kMagicBits = 0x4B400000;
 constexpr float kMagic = 12582912.f;
 constexpr float kLog2Stretch = 8.807354922f - HEADROOM;  // log2(448): the row maximum becomes E4M3's largest value
-constexpr float kLineUnits = 16384.f;                    // a line's fixed point
-constexpr float kLineStart = 8388608.f;                  // 2^23: from here on a float's lowest bit counts ones
-constexpr float kLineShift = (127.f - 0.0564f) * kLineUnits + kLineStart;  // less what the line exceeds 2^x on average
+// 2^x by a straight line between powers of two (Schraudolph), within 6 %: 8 x counts E4M3's codes.
+constexpr float kLineUnits = 8.f / 16777216.f;              // of pack_integers
+constexpr float kLineShift = (7.f - 0.0564f) * kLineUnits;  // E4M3's bias, less what the line exceeds 2^x on average
 
 struct Ring {
   int stage = 0;
@@ -108,6 +110,8 @@ struct Consumer {
   float partial[kColumns];
 #endif
   float maximum[2], row_sum[2], rescale[2], query_scale[2];
+  float factor[2], offset[2], line_factor[2], line_offset[2];
+  bool grown;
 
   DEVICE Consumer(const Int8Params& p, const Shared& shared)
       : p(p),
@@ -169,46 +173,74 @@ struct Consumer {
     }
   }
 
-  // Scores to weights in place (floats), the running maximum and sum, and what O must be rescaled by.
-  DEVICE void softmax(float key_scale) {
+  // The running maximum, and what the exponents of this block's scores are. Where it grew, as it seldom does, O must be
+  // rescaled.
+  DEVICE void start_softmax(float key_scale) {
     // Bits of positive floats, and -inf, order as integers do, for which there is a three-input maximum.
-    int largest[2] = {int(0x80000000), int(0x80000000)};
+    constexpr int kChains = 2;  // a row, so that one need not wait for the other
+    int largest[2][kChains];
 #pragma unroll
     for (int i = 0; i < kScores; i += 4) {
-      largest[0] = max(max(largest[0], int(scores[i])), int(scores[i + 1]));
-      largest[1] = max(max(largest[1], int(scores[i + 2])), int(scores[i + 3]));
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int a = scores[i + 2 * r], b = scores[i + 2 * r + 1];
+        int& chain = largest[r][i / 4 % kChains];
+        chain = i < 4 * kChains ? max(a, b) : max(max(chain, a), b);
+      }
     }
-    float factor[2], offset[2], line_factor[2], line_offset[2];
+    bool grows = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      largest[r] = max(largest[r], __shfl_xor_sync(~0u, largest[r], 1));
-      largest[r] = max(largest[r], __shfl_xor_sync(~0u, largest[r], 2));
+      largest[r][0] = max(largest[r][0], largest[r][1]);
       factor[r] = query_scale[r] * key_scale;
       if (factor[r] < 1e-35f) factor[r] = 1e-35f;  // keeps 0 * -inf away; a NaN passes
-      const float previous = maximum[r];
-      const float scaled = (__int_as_float(largest[r]) - kMagic) * factor[r];
-      maximum[r] = scaled <= previous + HEADROOM ? previous : scaled;
+      grows |= !(to_exponent(largest[r][0], r) <= maximum[r] + HEADROOM);
+    }
+    grown = __any_sync(~0u, grows);
+    if (grown) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        int row_largest = max(largest[r][0], __shfl_xor_sync(~0u, largest[r][0], 1));
+        row_largest = max(row_largest, __shfl_xor_sync(~0u, row_largest, 2));
+        const float previous = maximum[r];
+        const float scaled = to_exponent(row_largest, r);
+        maximum[r] = scaled <= previous + HEADROOM ? previous : scaled;
+        rescale[r] = exp2_approx(previous - (maximum[r] == -infinity() ? 0.f : maximum[r]));
+        if (!ONES) row_sum[r] *= rescale[r];
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
       const float shift = maximum[r] == -infinity() ? 0.f : maximum[r];
-      rescale[r] = exp2_approx(previous - shift);
-      if (!ONES) row_sum[r] *= rescale[r];
       offset[r] = fmaf(-kMagic, factor[r], kLog2Stretch - shift);
       line_factor[r] = factor[r] * kLineUnits;
       line_offset[r] = fmaf(offset[r], kLineUnits, kLineShift);
     }
+  }
+
+  DEVICE float to_exponent(int score, int r) const { return (__int_as_float(score) - kMagic) * factor[r]; }
+
+  // Scores to weights in place: floats, or pairs of codes.
+  template <int kBegin, int kEnd>
+  DEVICE void exponentials() {
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) {
+    for (int i = kBegin; i < kEnd; ++i) {
       const int r = i / 2 % 2;
       const float score = __uint_as_float(scores[i]);
-      const bool on_line = (i / 4 * 2 + i % 2) * LINE % 8 + LINE >= 8;
-      const float weight = on_line ? exp2_line(fmaf(score, line_factor[r], line_offset[r]))
-                                   : exp2_approx(fmaf(score, factor[r], offset[r]));
-      if (!ONES) row_sum[r] += weight;
-      scores[i] = __float_as_uint(weight);
+      if (on_line(i)) {
+        if (i % 2 == 0) continue;
+        scores[i - 1] = pack_integers(fmaf(__uint_as_float(scores[i - 1]), line_factor[r], line_offset[r]),
+                                      fmaf(score, line_factor[r], line_offset[r]));
+      } else {
+        const float weight = exp2_approx(fmaf(score, factor[r], offset[r]));
+        if (!ONES) row_sum[r] += weight;
+        scores[i] = __float_as_uint(weight);
+      }
     }
   }
 
-  // 2^x by a straight line between powers of two (Schraudolph), within 6 %: x in fixed point has a float's bits.
-  static DEVICE float exp2_line(float fixed) { return __uint_as_float(__float_as_uint(fmaxf(fixed, kLineStart)) << 9); }
+  // Whether a score's weight comes from the line: all 16 keys of a packed word's row do, or none.
+  static DEVICE constexpr bool on_line(int i) { return i / 8 * LINE % 8 + LINE >= 8; }
 
   // S's accumulator layout is P's operand layout up to an order of keys that V's tiles have.
   DEVICE void pack_weights() {
@@ -218,9 +250,13 @@ struct Consumer {
       for (int r = 0; r < 2; ++r) {
         const u32* s = scores + i + 2 * r;
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          weights[i / 4 + r + 2 * half] = pack_e4m3(__uint_as_float(s[8 * half]), __uint_as_float(s[8 * half + 1]),
-                                                    __uint_as_float(s[8 * half + 4]), __uint_as_float(s[8 * half + 5]));
+        for (int half = 0; half < 2; ++half) {
+          const u32* t = s + 8 * half;
+          weights[i / 4 + r + 2 * half] = on_line(i + 8 * half)
+                                              ? __byte_perm(t[0], t[4], 0x6420)
+                                              : pack_e4m3(__uint_as_float(t[0]), __uint_as_float(t[1]),
+                                                          __uint_as_float(t[4]), __uint_as_float(t[5]));
+        }
       }
     }
   }
@@ -235,19 +271,21 @@ struct Consumer {
     values.advance();
   }
 
-  DEVICE void promote(const float (&factor)[2]) {
+  // All columns of ones have the same sums.
+  static DEVICE constexpr bool is_used(int i) { return i < kOutputs || i % 2 == 0; }
+
+  DEVICE void promote() {
 #if PROMOTE
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) output[i] = fmaf(output[i], factor[i / 2 % 2], partial[i]);
+    for (int i = 0; i < kColumns; ++i)
+      if (is_used(i)) output[i] += partial[i];
 #endif
   }
 
-  // To the new maximum, which seldom grows.
   DEVICE void rescale_outputs() {
-    if (!__any_sync(~0u, rescale[0] != 1.f || rescale[1] != 1.f)) return;
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
-      output[i] *= rescale[i / 2 % 2];
+      if (is_used(i)) output[i] *= rescale[i / 2 % 2];
 #if PROMOTE
       partial[i] *= rescale[i / 2 % 2];
 #endif
@@ -271,7 +309,6 @@ struct Consumer {
   }
 
   DEVICE void run(const Tile& tile) {
-    constexpr float kOne[2] = {1.f, 1.f};
     const int row = tile.row + thread_row();
     const i64 query_row = i64(tile.batch * p.heads + tile.head) * p.query_rows + row;
     const float* key_scales = p.key_scale + i64(tile.kv_head) * p.key_blocks;
@@ -295,13 +332,13 @@ struct Consumer {
       release(shared.key_empty(keys.stage));
       keys.advance();
       if (unmasked == 0) mask_scores(0, row, tile.key_length);
-      softmax(key_scale);
+      start_softmax(key_scale);
+      exponentials<0, kScores>();
       pack_weights();
       start_scores();
       if (tile.key_blocks > 1) wait_key();
       for (int block = 1; block < tile.key_blocks; ++block) {
         key_scale = key_scales[block];
-        float previous_rescale[2] = {rescale[0], rescale[1]};
         if (PINGPONG) named_barrier_sync(1 + warpgroup, 256);
         issue_qk();
         issue_pv(block - 1);
@@ -310,25 +347,20 @@ struct Consumer {
         release(shared.key_empty(keys.stage));
         keys.advance();
         if (block >= unmasked) mask_scores(block * KEYS, row, tile.key_length);
-        softmax(key_scale);
+        start_softmax(key_scale);
+        exponentials<0, kEarly>();
         // Here, so that a branch keeps the wait for P V behind the exponentials, where the assembler would hoist it.
         if (block + 1 < tile.key_blocks) wait_key();
         finish_pv();
-        if (PROMOTE == 1) {
-          promote(previous_rescale);
-        } else {
-          if (block % max(PROMOTE, 1) == 0) promote(kOne);
-          rescale_outputs();
-        }
+        if (PROMOTE && block % max(PROMOTE, 1) == 0) promote();
+        if (grown) rescale_outputs();
+        exponentials<kEarly, kScores>();
         pack_weights();
         start_scores();
       }
       issue_pv(tile.key_blocks - 1);
       finish_pv();
-      if (PROMOTE == 1)
-        promote(rescale);
-      else
-        promote(kOne);
+      promote();
     }
     release(shared.query_empty(warpgroup));
     query_parity ^= 1;

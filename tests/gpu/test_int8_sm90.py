@@ -146,7 +146,7 @@ def test_sequences_of_several_turns_agree(turns, is_causal, head_dim):
 @pytest.mark.parametrize(
     "form",
     [
-        replace(FORMS[0], promote=0, line=4),
+        replace(FORMS[0], promote=0, ones=True, line=4),
         replace(FORMS[0], warpgroups=2, ones=True, line=4),
         replace(FORMS[1], promote=1, headroom=0, ones=False),
         replace(FORMS[1], line=3),

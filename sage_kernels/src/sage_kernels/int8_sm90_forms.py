@@ -32,6 +32,7 @@ class Int8Sm90Form:
     ones: bool = False
     line: int = 0
     keys: int = 128
+    split: int = 0
 
     @property
     def rows(self) -> int:

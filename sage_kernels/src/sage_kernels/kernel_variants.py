@@ -135,6 +135,7 @@ def int8_sm90_attention_variant(form: Int8Sm90Form) -> KernelVariant:
             ("HEADROOM", form.headroom),
             ("ONES", int(form.ones)),
             ("LINE", form.line),
+            ("SPLIT", form.split),
         ),
         head_dim=form.head_dim,
         causal=False,
