@@ -27,7 +27,7 @@ from sage_kernels.cubin_manifest import CubinManifest
 from sage_kernels.driver import cuda_driver
 from sage_kernels.int8_sm90_forms import FORMS, Int8Sm90Form
 from sage_kernels.kernel_sources import source_folder
-from sage_kernels.kernel_variants import KernelVariant, int8_sm90_attention_variant, int8_sm90_quantize_variant
+from sage_kernels.kernel_variants import KernelVariant, int8_sm90_attention_variant, int8_sm90_prepare_variant
 from sage_kernels.kernels.int8_sm90 import Int8Sm90Kernel
 from sage_kernels.reference import attention_fp32
 
@@ -46,22 +46,21 @@ class Candidate:
 CANDIDATES = (
     Candidate("package", D128),
     Candidate("turns", D128, turns=0),
-    Candidate("line4", replace(D128, line=4), turns=0),
-    Candidate("line4-split2", replace(D128, line=4, split=2), turns=0),
-    Candidate("line4-split4", replace(D128, line=4, split=4), turns=0),
-    Candidate("line3-split4", replace(D128, line=3, split=4), turns=0),
-    Candidate("line6-split4", replace(D128, line=6, split=4), turns=0),
-    Candidate("line4-split4-nopp", replace(D128, line=4, split=4, pingpong=False), turns=0),
-    Candidate("line4-split4-p2", replace(D128, line=4, split=4, promote=2), turns=0),
+    Candidate("split0", replace(D128, split=0), turns=0),
+    Candidate("split2", replace(D128, split=2), turns=0),
+    Candidate("line5", replace(D128, line=5), turns=0),
+    Candidate("line3", replace(D128, line=3), turns=0),
+    Candidate("park", replace(D128, park=True, stages=4), turns=0),
+    Candidate("park-nopp", replace(D128, park=True, stages=4, pingpong=False), turns=0),
+    Candidate("nopp", replace(D128, pingpong=False), turns=0),
     Candidate("package", D64),
-    Candidate("p0-ones-line4-split4", replace(D64, promote=0, ones=True, line=4, split=4)),
-    Candidate("p0-ones-line6-split4", replace(D64, promote=0, ones=True, line=6, split=4)),
-    Candidate("2wg-line4", replace(D64, warpgroups=2, ones=True, line=4), turns=0),
-    Candidate("2wg-line4-split4", replace(D64, warpgroups=2, ones=True, line=4, split=4), turns=0),
-    Candidate("2wg-line4-split4-pp", replace(D64, warpgroups=2, ones=True, line=4, split=4, pingpong=True), turns=0),
-    Candidate("2wg-line6", replace(D64, warpgroups=2, ones=True, line=6), turns=0),
-    Candidate("2wg-line6-split4", replace(D64, warpgroups=2, ones=True, line=6, split=4), turns=0),
-    Candidate("2wg-line6-split4-pp", replace(D64, warpgroups=2, ones=True, line=6, split=4, pingpong=True), turns=0),
+    Candidate("turns", D64, turns=0),
+    Candidate("line4", replace(D64, line=4)),
+    Candidate("split4", replace(D64, split=4)),
+    Candidate("line6", replace(D64, line=6)),
+    Candidate("2wg-split4", replace(D64, warpgroups=2, split=4, park=False), turns=0),
+    Candidate("2wg", replace(D64, warpgroups=2, park=False), turns=0),
+    Candidate("2wg-split4-pp", replace(D64, warpgroups=2, split=4, pingpong=True, park=False), turns=0),
 )
 
 
@@ -93,10 +92,8 @@ def compile_ahead(candidates: list[Candidate]) -> None:
     """Fill the cache of compiled kernels on all cores; the package itself compiles one after another."""
     forms = {candidate.form for candidate in candidates}
     variants = {int8_sm90_attention_variant(form) for form in forms}
-    for form, entry, is_bfloat16 in itertools.product(
-        forms, ("int8_sm90_statistics", "int8_sm90_quantize"), (False, True)
-    ):
-        variants.add(int8_sm90_quantize_variant(entry, form.head_dim, form.keys, is_bfloat16))
+    for form, is_bfloat16 in itertools.product(forms, (False, True)):
+        variants.add(int8_sm90_prepare_variant(form.head_dim, form.keys, is_bfloat16))
     torch.zeros(1, device="cuda")
     manifest = CubinManifest(Path(sage_kernels.__file__).parent / "cubins")
 

@@ -1,4 +1,4 @@
-// Attention with INT8 Q K^T and FP8 P V for sm_90a: wgmma in two flavours, operands pre-tiled by int8_sm90_quantize.cu.
+// Attention with INT8 Q K^T and FP8 P V for sm_90a: wgmma in two flavours, operands pre-tiled by int8_sm90_prepare.cu.
 //
 // One producer warp copies K and V tiles into a ring; each consumer warpgroup owns 64 query rows and keeps two wgmma
 // groups in flight: Q K^T of the next key block and P V of the current one, under which it computes the softmax.
@@ -7,7 +7,8 @@
 // Compile-time: HEAD_DIM 64 | 128 (smaller ones padded), KEYS per block, STAGES of the ring, WARPGROUPS of consumers
 // and PINGPONG: two of them take turns with the tensor cores. PROMOTE: FP8 wgmma accumulates with about 14 bits, so
 // that P V of this many key blocks starts at zero and is added in float32; 0 never does. ONES: the row sum comes from 8
-// columns of ones beside V, rather than from additions. HEADROOM: O is rescaled only when the row maximum has grown by
+// columns of ones beside V, rather than from additions. PARK: the float32
+// sums wait in shared memory for the next promotion. HEADROOM: O is rescaled only when the row maximum has grown by
 // more than this many powers of two. LINE: of every eight words of weights, how many come from a straight line between
 // powers of two in place of the exponential; that needs ONES.
 #include "int8_sm90_schedule.cuh"
@@ -25,6 +26,8 @@ constexpr int kColumns = kOutputs + 4 * ONES;  // with the row sums: of row lane
 constexpr int kOnesBytes = ONES * 1024;        // behind each stage of V
 static_assert(!LINE || ONES, "weights of a line exist as codes only");
 static_assert(!ONES || KEYS == 128, "8 rows of ones follow V's in one swizzled image");
+constexpr int kParkedBytes = PARK * 128 * kColumns * 4;  // of a warpgroup
+static_assert(!PARK || PROMOTE, "sums are parked between promotions");
 constexpr u32 kMagicBits = 0x4B400000;
 constexpr float kMagic = 12582912.f;
 constexpr float kLog2Stretch = 8.807354922f - HEADROOM;  // log2(448): the row maximum becomes E4M3's largest value
@@ -49,10 +52,12 @@ struct Shared {
   u32 base;
   static constexpr int kKey = WARPGROUPS * kQueryBytes;
   static constexpr int kValue = kKey + STAGES * kTileBytes;
-  static constexpr int kBarriers = kValue + STAGES * (kTileBytes + kOnesBytes);
+  static constexpr int kParked = kValue + STAGES * (kTileBytes + kOnesBytes);
+  static constexpr int kBarriers = kParked + WARPGROUPS * kParkedBytes;
   DEVICE u32 query(int warpgroup) const { return base + warpgroup * kQueryBytes; }
   DEVICE u32 key(int stage) const { return base + kKey + stage * kTileBytes; }
   DEVICE u32 value(int stage) const { return base + kValue + stage * (kTileBytes + kOnesBytes); }
+  DEVICE u32 parked(int thread) const { return base + kParked + thread / 128 * kParkedBytes + thread % 128 * 16; }
   DEVICE u32 key_full(int stage) const { return base + kBarriers + 8 * stage; }
   DEVICE u32 key_empty(int stage) const { return key_full(STAGES + stage); }
   DEVICE u32 value_full(int stage) const { return key_full(2 * STAGES + stage); }
@@ -101,12 +106,13 @@ struct Consumer {
   const Int8Params& p;
   const Shared& shared;
   int warpgroup, warp, lane;
+  u32 parked;
   Ring keys, values;
   u32 query_parity = 0;
   u32 scores[kScores];
   u32 weights[kScores / 4];
   float output[kColumns];
-#if PROMOTE
+#if PROMOTE && !PARK
   float partial[kColumns];
 #endif
   float maximum[2], row_sum[2], rescale[2], query_scale[2];
@@ -118,7 +124,8 @@ struct Consumer {
         shared(shared),
         warpgroup(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0)),
         warp(threadIdx.x / 32 % 4),
-        lane(threadIdx.x % 32) {}
+        lane(threadIdx.x % 32),
+        parked(shared.parked(threadIdx.x - 128)) {}
 
   DEVICE int thread_row() const { return warpgroup * 64 + warp * 16 + lane / 4; }
 
@@ -147,13 +154,12 @@ struct Consumer {
     mbarrier_wait(shared.value_full(values.stage), values.parity);
     constexpr int kStepsPerRow = kValueRowBytes / 32;  // then the next slab of HEAD_DIM rows
     const u64 value = matrix_descriptor<kValueRowBytes>(shared.value(values.stage));
-#if PROMOTE
+#if PROMOTE && !PARK
     float (&target)[kColumns] = partial;
-    const bool starts = block % PROMOTE == 0;
 #else
     float (&target)[kColumns] = output;
-    const bool starts = false;
 #endif
+    const bool starts = PROMOTE && block % max(PROMOTE, 1) == 0;
     wgmma_fence(target);
 #pragma unroll
     for (int step = 0; step < KEYS / 32; ++step) {
@@ -262,7 +268,7 @@ struct Consumer {
   }
 
   DEVICE void finish_pv() {
-#if PROMOTE
+#if PROMOTE && !PARK
     wgmma_wait<0>(partial);
 #else
     wgmma_wait<0>(output);
@@ -274,19 +280,57 @@ struct Consumer {
   // All columns of ones have the same sums.
   static DEVICE constexpr bool is_used(int i) { return i < kOutputs || i % 2 == 0; }
 
+  // Adds up in float32 what P V has accumulated, which then starts at zero.
   DEVICE void promote() {
-#if PROMOTE
+#if PARK
+#pragma unroll
+    for (int i = 0; i < kColumns; i += 4) {
+      float4 sum = load_shared(parked + 512 * i);
+      sum.x += output[i], sum.y += output[i + 1], sum.z += output[i + 2], sum.w += output[i + 3];
+      store_shared(parked + 512 * i, sum);
+    }
+#elif PROMOTE
 #pragma unroll
     for (int i = 0; i < kColumns; ++i)
       if (is_used(i)) output[i] += partial[i];
 #endif
   }
 
-  DEVICE void rescale_outputs() {
+  DEVICE void clear_sums() {
+#if PARK
+#pragma unroll
+    for (int i = 0; i < kColumns; i += 4) store_shared(parked + 512 * i, make_float4(0.f, 0.f, 0.f, 0.f));
+#endif
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) output[i] = 0.f;
+  }
+
+  // The last promotion, to registers.
+  DEVICE void finish_sums() {
+#if PARK
+#pragma unroll
+    for (int i = 0; i < kColumns; i += 4) {
+      const float4 sum = load_shared(parked + 512 * i);
+      output[i] += sum.x, output[i + 1] += sum.y, output[i + 2] += sum.z, output[i + 3] += sum.w;
+    }
+#else
+    promote();
+#endif
+  }
+
+  DEVICE void rescale_sums() {
+#if PARK
+#pragma unroll
+    for (int i = 0; i < kColumns; i += 4) {
+      float4 sum = load_shared(parked + 512 * i);
+      sum.x *= rescale[0], sum.y *= rescale[0], sum.z *= rescale[1], sum.w *= rescale[1];
+      store_shared(parked + 512 * i, sum);
+    }
+#endif
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       if (is_used(i)) output[i] *= rescale[i / 2 % 2];
-#if PROMOTE
+#if PROMOTE && !PARK
       partial[i] *= rescale[i / 2 % 2];
 #endif
     }
@@ -318,9 +362,7 @@ struct Consumer {
       maximum[r] = -infinity();
       row_sum[r] = 0.f;
     }
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) output[i] = 0.f;
-
+    clear_sums();
     mbarrier_wait(shared.query_full(warpgroup), query_parity);
     if (tile.key_blocks > 0) {
       const int unmasked = (p.is_causal ? min(tile.key_length, tile.row + warpgroup * 64 + 1) : tile.key_length) / KEYS;
@@ -353,14 +395,14 @@ struct Consumer {
         if (block + 1 < tile.key_blocks) wait_key();
         finish_pv();
         if (PROMOTE && block % max(PROMOTE, 1) == 0) promote();
-        if (grown) rescale_outputs();
+        if (grown) rescale_sums();
         exponentials<kEarly, kScores>();
         pack_weights();
         start_scores();
       }
       issue_pv(tile.key_blocks - 1);
       finish_pv();
-      promote();
+      finish_sums();
     }
     release(shared.query_empty(warpgroup));
     query_parity ^= 1;

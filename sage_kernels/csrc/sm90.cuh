@@ -52,6 +52,18 @@ DEVICE void bulk_load(u32 destination, const void* source, u32 bytes, u32 barrie
       : "memory");
 }
 
+// ---- shared memory, by address -------------------------------------------------------------------------------------
+
+DEVICE float4 load_shared(u32 address) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address));
+  return x;
+}
+
+DEVICE void store_shared(u32 address, float4 x) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w));
+}
+
 // ---- roles ---------------------------------------------------------------------------------------------------------
 
 template <int kRegisters>

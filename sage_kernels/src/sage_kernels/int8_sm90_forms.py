@@ -33,6 +33,7 @@ class Int8Sm90Form:
     line: int = 0
     keys: int = 128
     split: int = 0
+    park: bool = False
 
     @property
     def rows(self) -> int:
@@ -43,10 +44,11 @@ class Int8Sm90Form:
     def shared_bytes(self) -> int:
         """Q, the rings of K and V with 8 rows of ones, and their barriers."""
         tiles = self.rows * self.head_dim + 2 * self.stages * self.keys * self.head_dim
+        tiles += 4 * self.park * 128 * self.warpgroups * (self.head_dim // 2 + 4 * self.ones)
         return tiles + self.stages * 8 * self.keys * self.ones + 8 * (4 * self.stages + 2 * self.warpgroups)
 
 
 FORMS = (
-    Int8Sm90Form(64, warpgroups=3, stages=8, pingpong=False, promote=4, headroom=2),
-    Int8Sm90Form(128, warpgroups=2, stages=5, pingpong=True, promote=4, headroom=2, ones=True),
+    Int8Sm90Form(64, warpgroups=3, stages=7, pingpong=False, promote=4, headroom=2, ones=True, line=5, park=True),
+    Int8Sm90Form(128, warpgroups=2, stages=5, pingpong=True, promote=4, headroom=2, ones=True, line=4, split=4),
 )

@@ -136,6 +136,7 @@ def int8_sm90_attention_variant(form: Int8Sm90Form) -> KernelVariant:
             ("ONES", int(form.ones)),
             ("LINE", form.line),
             ("SPLIT", form.split),
+            ("PARK", int(form.park)),
         ),
         head_dim=form.head_dim,
         causal=False,
@@ -147,12 +148,12 @@ def int8_sm90_attention_variant(form: Int8Sm90Form) -> KernelVariant:
     )
 
 
-def int8_sm90_quantize_variant(entry: str, head_dim: int, keys: int, is_bfloat16: bool) -> KernelVariant:
-    """Smoothing and quantising for it: `entry` is int8_sm90_statistics or int8_sm90_quantize."""
+def int8_sm90_prepare_variant(head_dim: int, keys: int, is_bfloat16: bool) -> KernelVariant:
+    """Smoothing and quantising for it."""
     return KernelVariant(
-        family="int8_sm90_quantize",
-        source="int8_sm90_quantize.cu",
-        entry=entry,
+        family="int8_sm90_prepare",
+        source="int8_sm90_prepare.cu",
+        entry="int8_sm90_prepare",
         defines=(("HEAD_DIM", head_dim), ("KEYS", keys), ("BFLOAT16", int(is_bfloat16))),
         head_dim=head_dim,
         causal=False,
@@ -165,14 +166,12 @@ def int8_sm90_quantize_variant(entry: str, head_dim: int, keys: int, is_bfloat16
 
 
 def _int8_sm90() -> tuple[KernelVariant, ...]:
-    entries = ("int8_sm90_statistics", "int8_sm90_quantize")
-    quantizers = (
-        int8_sm90_quantize_variant(entry, form.head_dim, form.keys, is_bfloat16)
+    preparations = (
+        int8_sm90_prepare_variant(form.head_dim, form.keys, is_bfloat16)
         for form in FORMS
-        for entry in entries
         for is_bfloat16 in (False, True)
     )
-    return (*(int8_sm90_attention_variant(form) for form in FORMS), *quantizers)
+    return (*(int8_sm90_attention_variant(form) for form in FORMS), *preparations)
 
 
 _FAMILIES: tuple[Callable[[], tuple[KernelVariant, ...]], ...] = (_nvfp4_attention, _nvfp4_prepare, _int8_sm90)

@@ -1,4 +1,4 @@
-"""INT8 attention in CUDA for sm_90a: csrc/int8_sm90_quantize.cu and csrc/int8_sm90_attention.cu."""
+"""INT8 attention in CUDA for sm_90a: csrc/int8_sm90_prepare.cu and csrc/int8_sm90_attention.cu."""
 
 import ctypes
 from dataclasses import dataclass, replace
@@ -12,14 +12,14 @@ from sage_kernels.architectures import Architecture
 from sage_kernels.attention_call import AttentionCall
 from sage_kernels.cubin_loader import LoadedKernel, load_kernel
 from sage_kernels.int8_sm90_forms import FORMS, Int8Sm90Form
-from sage_kernels.kernel_variants import int8_sm90_attention_variant, int8_sm90_quantize_variant
+from sage_kernels.kernel_variants import int8_sm90_attention_variant, int8_sm90_prepare_variant
 from sage_kernels.kernels.tensor_layout import empty_output, has_aligned_rows, pointer
 from sage_kernels.precision import Precision
 from sage_kernels.recipes import RECIPES, Recipe
 
 _TARGET = "sm_90a"
 _HEAD_DIM_STEP = 8  # channels that a thread loads at once
-_CLUSTER = 8  # thread blocks that gather the statistics of one head, as in int8_sm90_quantize.cu
+_CLUSTER = 8  # thread blocks that prepare one head of K or V, as in int8_sm90_prepare.cu
 _UNIT_ROWS = 64  # query rows of a warpgroup
 _ALIGNMENT = 256
 _MAX_GRID = 2**31 - 1
@@ -100,7 +100,7 @@ class Int8Sm90Kernel:
         )
 
     def prepare(self, call: AttentionCall) -> _State:
-        """Smooth and quantise in two launches; rows that 16-byte loads can't read are copied first."""
+        """Smooth and quantise in one launch; rows that 16-byte loads can't read are copied first."""
         form = self._form(call.head_dim)
         query, key, value = (_loadable(x) for x in (call.query, call.key, call.value))
         batch, heads, kv_heads, rows = call.batch, call.heads, call.kv_heads, call.query_length
@@ -147,15 +147,11 @@ class Int8Sm90Kernel:
         )
         attention = None
         if query_tokens:
-            statistics, quantize, attention = _load(form, is_bfloat16, call.device)
-            query_blocks = batch * heads * -(-query_rows // form.keys)
-            first, second = _CLUSTER * batch * kv_heads, 2 * batch * kv_heads * key_blocks
-            if call.return_lse:
-                second += query_blocks
-            else:
-                first += -(-query_blocks // _CLUSTER) * _CLUSTER
-            statistics.launch((first, 1, 1), parameters)
-            quantize.launch((second, 1, 1), parameters)
+            preparation, attention = _load(form, is_bfloat16, call.device)
+            blocks = 2 * _CLUSTER * batch * kv_heads
+            if not call.return_lse:
+                blocks += -(-batch * heads * -(-query_rows // form.keys) // _CLUSTER) * _CLUSTER
+            preparation.launch((blocks, 1, 1), parameters)
         return _State(
             parameters,
             memory,
@@ -210,16 +206,9 @@ def _allocate(device: torch.device, *sizes: int) -> tuple[Tensor, list[int]]:
 
 
 @lru_cache
-def _load(
-    form: Int8Sm90Form, is_bfloat16: bool, device: torch.device
-) -> tuple[LoadedKernel, LoadedKernel, LoadedKernel]:
-    variants = (
-        int8_sm90_quantize_variant("int8_sm90_statistics", form.head_dim, form.keys, is_bfloat16),
-        int8_sm90_quantize_variant("int8_sm90_quantize", form.head_dim, form.keys, is_bfloat16),
-        int8_sm90_attention_variant(form),
-    )
-    statistics, quantize, attention = (load_kernel(variant, device) for variant in variants)
-    return statistics, quantize, attention
+def _load(form: Int8Sm90Form, is_bfloat16: bool, device: torch.device) -> tuple[LoadedKernel, LoadedKernel]:
+    preparation = load_kernel(int8_sm90_prepare_variant(form.head_dim, form.keys, is_bfloat16), device)
+    return preparation, load_kernel(int8_sm90_attention_variant(form), device)
 
 
 @lru_cache
