@@ -31,7 +31,7 @@ from sage_kernels.kernel_variants import KernelVariant, int8_sm90_attention_vari
 from sage_kernels.kernels.int8_sm90 import Int8Sm90Kernel
 from sage_kernels.reference import attention_fp32
 
-D64, D128 = FORMS
+D64, D128, LONG = FORMS
 
 
 @dataclass(frozen=True)
@@ -44,23 +44,15 @@ class Candidate:
 
 
 CANDIDATES = (
-    Candidate("package", D128),
-    Candidate("turns", D128, turns=0),
-    Candidate("split0", replace(D128, split=0), turns=0),
-    Candidate("split2", replace(D128, split=2), turns=0),
-    Candidate("line5", replace(D128, line=5), turns=0),
-    Candidate("line3", replace(D128, line=3), turns=0),
-    Candidate("park", replace(D128, park=True, stages=4), turns=0),
-    Candidate("park-nopp", replace(D128, park=True, stages=4, pingpong=False), turns=0),
-    Candidate("nopp", replace(D128, pingpong=False), turns=0),
-    Candidate("package", D64),
-    Candidate("turns", D64, turns=0),
+    Candidate("line4", replace(D128, longest=0)),
+    Candidate("line3", LONG),
+    Candidate("line3-split3", replace(LONG, split=3)),
+    Candidate("line4-turns", replace(D128, longest=0), turns=0),
+    Candidate("line3-turns", LONG, turns=0),
+    Candidate("line5", D64),
+    Candidate("line5-split2", replace(D64, split=2)),
     Candidate("line4", replace(D64, line=4)),
-    Candidate("split4", replace(D64, split=4)),
-    Candidate("line6", replace(D64, line=6)),
-    Candidate("2wg-split4", replace(D64, warpgroups=2, split=4, park=False), turns=0),
-    Candidate("2wg", replace(D64, warpgroups=2, park=False), turns=0),
-    Candidate("2wg-split4-pp", replace(D64, warpgroups=2, split=4, pingpong=True, park=False), turns=0),
+    Candidate("2wg", replace(D64, warpgroups=2, split=4, park=False), turns=0),
 )
 
 

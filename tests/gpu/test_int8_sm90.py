@@ -10,8 +10,8 @@ Bounds follow from what the two do differently. `unit` is what the integer score
   key blocks before promotion.
 - LSE. On average it is off by a unit, and by what the accumulator dropped where the row sum comes from columns of ones:
   after s steps it holds 32 s weights, and its quantum is s * 2^-8 of one. Weights have four bits, so that only few
-  reach below; in all at most s^2 * 2^-16. A single row is off by more where one of its codes is rounded the other way:
-  by up to 127 units; and where one rounded weight makes up the row sum: by up to a sixteenth.
+  reach below; in all at most s^2 * 2^-16, by which the output grows. A single row is off by more where one of its codes
+  is rounded the other way: by up to 127 units; and where one rounded weight makes up the row sum: by up to a sixteenth.
 """
 
 import functools
@@ -97,10 +97,6 @@ def call_of(q, k, v, *, is_causal=False, scale=None, key_lengths=None, layout="B
     return make_call(q, k, v, None, is_causal, scale, True, key_lengths, layout, "int8", return_lse, False)
 
 
-def form_of(head_dim, kernel):
-    return next(form for form in kernel.forms if head_dim <= form.head_dim)
-
-
 def largest_score_unit(call):
     """What the integer score 1 is worth, where it is worth most."""
     key = call.key.float()
@@ -121,19 +117,22 @@ def check_attention(within, q, k, v, quality=QUALITY, kernel=KERNEL, **options):
     arguments = {"is_causal": call.is_causal, "scale": call.scale, "key_lengths": call.key_lengths}
     rounded = [x.bfloat16() if x.dtype == torch.float32 else x for x in (call.query, call.key, call.value)]
     expected, expected_lse = quantized_attention(*rounded, kernel.recipe(call), **arguments)
-    form = form_of(call.head_dim, kernel)
+    form = next(form for form in kernel.forms if form.serves(call.head_dim, call.key_length))
     steps = min(call.key_length, form.promote * form.keys or call.key_length) / 32
     unit = largest_score_unit(call)
+    lost = steps**2 * 2**-16 if form.ones else 0
     share = share_beside_mean(expected, rounded[2], call.key_lengths)
-    within(relative_l1(output, expected), ROUNDING[q.dtype] + share * (0.3 * math.sqrt(unit) + unit + steps * 2**-14))
+    agreement = 0.3 * math.sqrt(unit) + unit + steps * 2**-14 + lost
+    within(relative_l1(output, expected), ROUNDING[q.dtype] + share * agreement)
     finite = torch.isfinite(expected_lse)
     assert torch.equal(finite, torch.isfinite(lse))
     if finite.any():
         lse_error = (lse - expected_lse)[finite].abs()
         within(lse_error.max().item(), 5e-4 + 127 * unit + (0.0625 if form.ones else 0))
-        within(lse_error.mean().item(), 5e-4 + 2 * unit + (steps**2 * 2**-16 if form.ones else 0))
-    exact, _ = attention_fp32(*rounded, **arguments)
-    within(relative_l1(output, exact), ROUNDING[q.dtype] + share * quality)
+        within(lse_error.mean().item(), 5e-4 + 2 * unit + lost)
+    if quality is not None:
+        exact, _ = attention_fp32(*rounded, **arguments)
+        within(relative_l1(output, exact), ROUNDING[q.dtype] + share * quality)
     return output
 
 
@@ -147,7 +146,7 @@ CROSS = [(1, 1000), (100, 77), (257, 512), (1000, 64), (300, 1), (64, 900)]
 def test_attention_agrees_with_the_quantised_reference(check, head_dim, kind, rows, keys):
     batch = 3 if "lengths" in kind else 2
     q, k, v = make_qkv(batch, 4, 2, rows, keys, head_dim)
-    check(q, k, v, quality=math.inf, **make_options(kind, batch, keys))
+    check(q, k, v, quality=None, **make_options(kind, batch, keys))
 
 
 @pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 80, 96, 104, 128])
@@ -172,8 +171,9 @@ def test_sequences_of_several_turns_agree(check, turns, is_causal, head_dim):
         replace(FORMS[0], warpgroups=2, line=4, split=4, park=False),
         replace(FORMS[0], warpgroups=2, line=0, ones=False, park=False, headroom=0, promote=1),
         replace(FORMS[1], promote=1, headroom=0, ones=False, line=0),
-        replace(FORMS[1], line=7, park=True, stages=4),
-        replace(FORMS[1], pingpong=False, split=0),
+        FORMS[2],
+        replace(FORMS[2], line=7, park=True, stages=4),
+        replace(FORMS[2], pingpong=False, split=0),
     ],
 )
 def test_other_forms_agree(check, form, is_causal):

@@ -33,6 +33,7 @@ class KernelVariant:
         threads: block size.
         shared_bytes: dynamic shared memory where the kernel fixes it, else 0.
         archs: compilation targets, such as "sm_120a".
+        form: what else distinguishes its name.
     """
 
     family: str
@@ -46,6 +47,7 @@ class KernelVariant:
     threads: int
     shared_bytes: int
     archs: tuple[str, ...]
+    form: str = ""
 
     @property
     def name(self) -> str:
@@ -61,6 +63,7 @@ class KernelVariant:
         parts += ["causal"] if self.causal else []
         parts += [f"mask_{self.mask}"] if self.mask != "none" else []
         parts += [self.dtype] if self.dtype != "any" else []
+        parts += [self.form] if self.form else []
         return parts
 
     def compile_options(self, arch: str, emulate: bool = False) -> tuple[str, ...]:
@@ -145,6 +148,7 @@ def int8_sm90_attention_variant(form: Int8Sm90Form) -> KernelVariant:
         threads=128 * (form.warpgroups + 1),
         shared_bytes=form.shared_bytes,
         archs=("sm_90a",),
+        form=form.name,
     )
 
 
@@ -166,9 +170,10 @@ def int8_sm90_prepare_variant(head_dim: int, keys: int, is_bfloat16: bool) -> Ke
 
 
 def _int8_sm90() -> tuple[KernelVariant, ...]:
+    images = sorted({(form.head_dim, form.keys) for form in FORMS})
     preparations = (
-        int8_sm90_prepare_variant(form.head_dim, form.keys, is_bfloat16)
-        for form in FORMS
+        int8_sm90_prepare_variant(head_dim, keys, is_bfloat16)
+        for head_dim, keys in images
         for is_bfloat16 in (False, True)
     )
     return (*(int8_sm90_attention_variant(form) for form in FORMS), *preparations)

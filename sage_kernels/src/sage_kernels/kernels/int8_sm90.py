@@ -55,7 +55,7 @@ class Int8Sm90Kernel:
     """Q K^T in INT8 and P V in FP8 on Hopper's wgmma.
 
     Attributes:
-        forms: how the kernel is compiled, one form per head dimension, smallest first.
+        forms: how the kernel is compiled; the first that serves a call is used, so that smaller ones come first.
         even_share_turns: up to so many tiles for each multiprocessor, rows are shared out evenly, because many would
             idle in the last turn; more tiles are taken in turns, which shares keys in the L2 cache.
     """
@@ -83,7 +83,7 @@ class Int8Sm90Kernel:
 
     def recipe(self, call: AttentionCall) -> Recipe:
         """What this call computes, for comparison with `reference.quantized_attention`."""
-        form = self._form(call.head_dim)
+        form = self._form(call)
         return replace(
             RECIPES["int8"],
             key_block=form.keys,
@@ -95,7 +95,7 @@ class Int8Sm90Kernel:
 
     def plan(self, call: AttentionCall) -> LaunchPlan:
         """Smooth and quantise in one launch, attend in one; rows that 16-byte loads can't read are copied first."""
-        form, output = self._form(call.head_dim), OutputForm.of(call)
+        form, output = self._form(call), OutputForm.of(call)
         batch, heads, kv_heads, rows = call.batch, call.heads, call.kv_heads, call.query_length
         query_rows, key_blocks = -(-rows // form.rows) * form.rows, -(-call.key_length // form.keys)
         workspace = _workspace(call, form, query_rows, key_blocks)
@@ -151,8 +151,8 @@ class Int8Sm90Kernel:
         prepared: PreparedLaunch = state
         return prepared.plan.run(prepared)
 
-    def _form(self, head_dim: int) -> Int8Sm90Form:
-        return next(form for form in self.forms if head_dim <= form.head_dim)
+    def _form(self, call: AttentionCall) -> Int8Sm90Form:
+        return next(form for form in self.forms if form.serves(call.head_dim, call.key_length))
 
 
 def _workspace(call: AttentionCall, form: Int8Sm90Form, query_rows: int, key_blocks: int) -> WorkspaceLayout:
