@@ -44,6 +44,11 @@ def test_forms_fit_into_a_thread_block(form):
     assert not form.pingpong or form.warpgroups == 2
 
 
-def test_forms_are_in_order_of_head_dim():
-    dims = [form.head_dim for form in FORMS]
-    assert dims == sorted(set(dims))
+def test_every_call_has_a_form_and_every_form_a_call():
+    served = [
+        next(form for form in FORMS if form.serves(head_dim, keys))
+        for head_dim in (64, 128)
+        for keys in (1, 16384, 10**6)
+    ]
+    assert {form.name for form in served} == {form.name for form in FORMS}
+    assert all(FORMS[-1].serves(128, keys) for keys in (1, 10**6))

@@ -27,11 +27,11 @@ from sage_kernels.cubin_manifest import CubinManifest
 from sage_kernels.driver import cuda_driver
 from sage_kernels.int8_sm90_forms import FORMS, Int8Sm90Form
 from sage_kernels.kernel_sources import source_folder
-from sage_kernels.kernel_variants import KernelVariant, int8_sm90_attention_variant, int8_sm90_quantize_variant
+from sage_kernels.kernel_variants import KernelVariant, int8_sm90_attention_variant, int8_sm90_prepare_variant
 from sage_kernels.kernels.int8_sm90 import Int8Sm90Kernel
 from sage_kernels.reference import attention_fp32
 
-D64, D128 = FORMS
+D64, D128, LONG = FORMS
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,15 @@ class Candidate:
 
 
 CANDIDATES = (
-    Candidate("package", D128),
-    Candidate("turns", D128, turns=0),
-    Candidate("no-pingpong", replace(D128, pingpong=False)),
-    Candidate("line3", replace(D128, line=3)),
-    Candidate("promote1", replace(D128, promote=1, headroom=0)),
-    Candidate("promote1-sum", replace(D128, promote=1, headroom=0, ones=False)),
-    Candidate("promote1-line3", replace(D128, promote=1, headroom=0, line=3)),
-    Candidate("package", D64),
-    Candidate("turns", D64, turns=0),
-    Candidate("line3", replace(D64, line=3)),
-    Candidate("ones", replace(D64, ones=True)),
-    Candidate("promote0-line4", replace(D64, promote=0, line=4)),
-    Candidate("rows128-ones", replace(D64, warpgroups=2, ones=True)),
-    Candidate("rows128-ones-line4", replace(D64, warpgroups=2, ones=True, line=4)),
+    Candidate("line4", replace(D128, longest=0)),
+    Candidate("line3", LONG),
+    Candidate("line3-split3", replace(LONG, split=3)),
+    Candidate("line4-turns", replace(D128, longest=0), turns=0),
+    Candidate("line3-turns", LONG, turns=0),
+    Candidate("line5", D64),
+    Candidate("line5-split2", replace(D64, split=2)),
+    Candidate("line4", replace(D64, line=4)),
+    Candidate("2wg", replace(D64, warpgroups=2, split=4, park=False), turns=0),
 )
 
 
@@ -89,10 +84,8 @@ def compile_ahead(candidates: list[Candidate]) -> None:
     """Fill the cache of compiled kernels on all cores; the package itself compiles one after another."""
     forms = {candidate.form for candidate in candidates}
     variants = {int8_sm90_attention_variant(form) for form in forms}
-    for form, entry, is_bfloat16 in itertools.product(
-        forms, ("int8_sm90_statistics", "int8_sm90_quantize"), (False, True)
-    ):
-        variants.add(int8_sm90_quantize_variant(entry, form.head_dim, form.keys, is_bfloat16))
+    for form, is_bfloat16 in itertools.product(forms, (False, True)):
+        variants.add(int8_sm90_prepare_variant(form.head_dim, form.keys, is_bfloat16))
     torch.zeros(1, device="cuda")
     manifest = CubinManifest(Path(sage_kernels.__file__).parent / "cubins")
 

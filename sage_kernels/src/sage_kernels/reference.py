@@ -24,10 +24,11 @@ _TILE_ELEMENTS = 1 << 20  # scores held at once: a tile and its temporaries stay
 _P_MAX: dict[PVFormat, float] = {"nvfp4": E4M3_MAX * E2M1_MAX, "fp8": E4M3_MAX, "fp16": 1.0, "none": 1.0}
 _TOKEN_PADDING = NVFP4_GROUP
 _LARGEST_POWER = 126  # its reciprocal is a normal float32 too
-# Lowers the line between powers of two: so that it crosses E2M1's thresholds within 0.5 %, and so that it meets 2^x on
-# average, in 1/8192.
+_LARGEST_E4M3_CODE = 126
+# Lowers the line between powers of two: so that it crosses E2M1's thresholds within 0.5 %, in 1/8192; and so that it
+# meets 2^x on average.
 _E2M1_LINE_OFFSET = 530
-_MEAN_LINE_OFFSET = 462
+_E4M3_LINE_OFFSET = 0.0564
 _LINE_RANGE = 20.0
 
 
@@ -319,13 +320,18 @@ def _round_p(powers: Tensor, recipe: Recipe) -> Tensor:
 
 
 def _exp2(powers: Tensor, recipe: Recipe) -> Tensor:
-    """2^powers, for E4M3 in part by lines: spread over keys in the order of 2 * (key // 8) + key % 2."""
+    """2^powers, for E4M3 in part by lines: those of evenly spread groups of 16 keys."""
     if recipe.pv != "fp8" or not recipe.linear_exp_of_8:
         return powers.exp2()
-    key = torch.arange(powers.shape[-1], device=powers.device)
-    is_linear = (key // 8 * 2 + key % 2) * recipe.linear_exp_of_8 % 8 + recipe.linear_exp_of_8 >= 8
-    is_linear = is_linear & (powers > -_LINE_RANGE)  # a masked weight stays 0
-    return torch.where(is_linear, _line_exp2(powers, _MEAN_LINE_OFFSET), powers.exp2())
+    group = torch.arange(powers.shape[-1], device=powers.device) // 16
+    is_linear = group * recipe.linear_exp_of_8 % 8 + recipe.linear_exp_of_8 >= 8
+    return torch.where(is_linear, _line_exp2_e4m3(powers), powers.exp2())
+
+
+def _line_exp2_e4m3(power: Tensor) -> Tensor:
+    """2^power by a straight line between powers of two, as E4M3 codes, of which 8 make a power of two."""
+    codes = ((power + (7 - _E4M3_LINE_OFFSET)) * 8).clamp(0, _LARGEST_E4M3_CODE).round()
+    return codes.to(torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def _line_exp2(power: Tensor, offset: int) -> Tensor:
