@@ -40,7 +40,7 @@ class CallShape:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of one call by times measured on this kind of GPU: with the kernel, and with torch's fastest in 16 bit."""
+    """Seconds of a call by times measured on this kind of GPU: with the kernel, and with torch's fastest in 16 bit."""
 
     seconds: float
     sixteen_bit_seconds: float
