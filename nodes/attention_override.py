@@ -17,12 +17,11 @@ from sage_kernels.coverage import Coverage
 from sage_kernels.precision_policy import SIGMA_UNKNOWN, Choice, PrecisionPolicy
 
 from .attention_arguments import AttentionArguments, read_arguments
-from .attention_timing import BASELINE, FP16, AttentionTimer, CallShape
+from .attention_timing import BASELINE, EARLIER_OVERRIDE, FP16, AttentionTimer, CallShape, Prediction
 from .block_tracking import ModelEvaluation, current_evaluation, running_block
 from .sentinel import KEPT_IN_FP16, RECOMPUTED, Sentinel, current_watch
 
 WHOLE_RUN = (0.0, 1.0)
-EARLIER_OVERRIDE = "earlier override"
 
 
 class Kernels(Protocol):
@@ -49,11 +48,13 @@ class CallSite:
         block: the block that is calling.
         kernel: a kernel's name, "fp16" for the model's own attention, or "earlier override".
         shape: None where the arguments can't be read.
+        prediction: None where no times of such calls are known.
     """
 
     block: BlockId | None
     kernel: str
     shape: CallShape | None
+    prediction: Prediction | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -183,7 +184,7 @@ class AttentionOverride:
 
     def _compute(self, site: CallSite, compute: Callable[[], Tensor]) -> Tensor:
         """Run a call, timed and under the sentinel's eyes."""
-        output = compute() if site.shape is None else self.timer.run(site.kernel, site.shape, compute)
+        output = compute() if site.shape is None else self.timer.run(site.kernel, site.shape, compute, site.prediction)
         watch = current_watch()
         if watch is not None:
             watch.record(site.block, output, by_kernel=site.kernel not in {FP16, EARLIER_OVERRIDE})
@@ -207,9 +208,9 @@ class AttentionOverride:
         decision = self._decide(block, evaluation, arguments)
         if isinstance(decision, str):
             return self._leave(block, shape, decision)
-        kernel, reason, options = decision
+        kernel, reason, prediction, options = decision
         self.coverage.record(block, kernel, reason)
-        return KernelCall(CallSite(block, kernel, shape), arguments, options)
+        return KernelCall(CallSite(block, kernel, shape, prediction), arguments, options)
 
     def _leave(self, block: BlockId | None, shape: CallShape | None, reason: str) -> CallSite:
         fallback = FP16 if self.previous is None else EARLIER_OVERRIDE
@@ -218,8 +219,8 @@ class AttentionOverride:
 
     def _decide(
         self, block: BlockId | None, evaluation: ModelEvaluation | None, arguments: AttentionArguments
-    ) -> tuple[str, str | None, dict[str, Any]] | str:
-        """Kernel, why not a faster one, and its options; or why there is none."""
+    ) -> tuple[str, str | None, Prediction | None, dict[str, Any]] | str:
+        """Kernel, why not a faster one, what time it should take, and its options; or why there is none."""
         watch = current_watch()
         if watch is not None and watch.in_fp16:
             return RECOMPUTED
@@ -237,7 +238,7 @@ class AttentionOverride:
         reason = "; ".join(str(refusal) for refusal in decision.refusals)
         if decision.kernel in {None, "sdpa"}:
             return reason
-        return decision.kernel, reason or None, options
+        return decision.kernel, reason or None, _prediction(decision), options
 
     def _choose(
         self, block: BlockId | None, evaluation: ModelEvaluation | None, arguments: AttentionArguments
@@ -272,6 +273,11 @@ def _with_window(policy: PrecisionPolicy, model_sampling: Any, window: tuple[flo
         sigma_start=policy.sigma_start if start <= 0.0 else float(model_sampling.percent_to_sigma(start)),
         sigma_end=policy.sigma_end if end >= 1.0 else float(model_sampling.percent_to_sigma(end)),
     )
+
+
+def _prediction(decision: Any) -> Prediction | None:
+    seconds = getattr(decision, "seconds", None), getattr(decision, "sixteen_bit_seconds", None)
+    return None if None in seconds else Prediction(*seconds)
 
 
 def _shape(arguments: AttentionArguments) -> CallShape:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .fp16_choice import Fp16Choice, choose_for_error, choose_for_slowdown
+from .fp16_choice import Fp16Choice, Fp16Cost, choose_for_error, choose_for_slowdown
 from .frame_metrics import relative_l1
 from .profile import CalibrationProfile
 
@@ -52,11 +52,23 @@ def choose(
     return choose_for_error(profile, precision, 0.0), 0.0
 
 
-def report(choice: Fp16Choice, measured: float, precision: str) -> str:
-    """One or two lines for the node."""
+def report(choice: Fp16Choice, measured: float, precision: str, cost: Fp16Cost) -> str:
+    """Three lines for the node."""
     kept = choice.text or "nothing"
     return (
         f"kept in FP16: {kept}\n"
         f"{choice.work:.0%} of the attention in FP16, the rest in {precision}; final error {measured:.2%} "
-        f"(predicted {choice.predicted_error:.2%})"
+        f"(predicted {choice.predicted_error:.2%})\n{_speed(choice, precision, cost)}"
     )
+
+
+def _speed(choice: Fp16Choice, precision: str, cost: Fp16Cost) -> str:
+    origin = {
+        "measured": "as measured in this calibration",
+        "predicted": "as predicted from measured times",
+        "assumed": "an assumption: nothing was measured here",
+    }[cost.origin]
+    times = f"FP16 takes {cost.value:.2f}x the time of {precision}, {origin}"
+    if cost.value <= 1:
+        return f"{precision} gains no speed here: {times}"
+    return f"attention {choice.work * (cost.value - 1):.0%} slower than all in {precision} ({times})"

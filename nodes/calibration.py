@@ -19,8 +19,9 @@ from sage_kernels.coverage import Coverage
 from sage_kernels.precision_policy import PrecisionPolicy, noise_rank
 
 from .attention_override import AttentionOverride
+from .attention_timing import Timing
 from .block_tracking import BlockTracker
-from .fp16_choice import segments
+from .fp16_choice import cost_settings, segments
 from .frame_metrics import relative_l1
 from .model_families import block_layout, find_blocks, find_family
 from .model_fingerprint import model_fingerprint
@@ -158,6 +159,7 @@ class _Calibration:
         self._groups: list[list[BlockId]] = []
         self._coverage = Coverage()
         self._low: tuple[AttentionOverride, range] | None = None
+        self._costs: dict[str, Timing] = {}
         for kind, wrapper in (
             (WrappersMP.APPLY_MODEL, BlockTracker(reads_sigma=False)),
             (WrappersMP.PREDICT_NOISE, self._predict_noise),
@@ -169,8 +171,11 @@ class _Calibration:
 
     def error_of_low_precision(self, sample: Sample, expected: Tensor, precision: str, steps: range) -> float:
         """Relative L1 of the final latents with all blocks in low precision at these steps."""
-        self._low = self._override(precision, self._layout), steps
-        return relative_l1(sample(self.model), expected)
+        override = self._override(precision, self._layout, measure_speedup=True)
+        self._low = override, steps
+        error = relative_l1(sample(self.model), expected)
+        self._costs[precision] = override.timer.read()  # of the last, with everything in low precision
+        return error
 
     def finish_first_sampling(self) -> None:
         """Check that it saw what it had to."""
@@ -204,6 +209,7 @@ class _Calibration:
                 "min_tokens": settings.min_tokens,
                 "max_groups": settings.max_groups,
                 "allow_emulation": int(settings.allow_emulation),
+                **{key: value for each in self._costs for key, value in cost_settings(each, self._costs[each]).items()},
             },
         )
 
@@ -253,7 +259,9 @@ class _Calibration:
         finally:
             self._shadow.stand_in = None
 
-    def _override(self, precision: str, blocks: Sequence[BlockId] | BlockLayout) -> AttentionOverride:
+    def _override(
+        self, precision: str, blocks: Sequence[BlockId] | BlockLayout, measure_speedup: bool = False
+    ) -> AttentionOverride:
         """What Sage3Attention would put into the model with only these blocks in low precision."""
         fp16 = {block: StepShare(1.0) for block in self._layout if block not in blocks}
         override = AttentionOverride(
@@ -262,6 +270,7 @@ class _Calibration:
             native_blocks=self._native_blocks,
             previous=self._previous,
             allow_emulation=self._settings.allow_emulation,
+            measure_speedup=measure_speedup,
         )
         override.coverage = self._coverage  # a new one would log its reasons anew, for each block
         return override

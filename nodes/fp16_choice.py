@@ -18,13 +18,22 @@ from sage_kernels.block_overrides import BlockId, BlockLayout, BlockOverride, No
 from sage_kernels.precision_policy import fp16_steps
 
 if TYPE_CHECKING:
+    from .attention_timing import Timing
     from .profile import CalibrationProfile
 
-# Assumed time of 16-bit attention over that of each precision, about what the kernels' papers report for long
-# sequences. Only the conversion of a slowdown into block-steps depends on it.
+# Time of 16-bit attention over that of each precision where it was neither measured nor predicted: about what the
+# kernels' papers report for long sequences. Only the conversion of a slowdown into block-steps depends on it.
 FP16_COST = {"fp4": 4.0, "fp8_fp4": 2.5, "int8": 2.0, "int8_fp16": 1.5}
 _WORK_UNITS = 16  # the largest block's attention at one step; smaller blocks round to a multiple of 1 / 16 of it
 _ENDS: tuple[NoiseEnd, NoiseEnd] = ("high", "low")
+
+
+@dataclass(frozen=True)
+class Fp16Cost:
+    """Time of 16-bit attention over that of a precision, and where it is from: "measured", "predicted" or "assumed"."""
+
+    value: float
+    origin: str
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,28 @@ def cell_errors(profile: "CalibrationProfile", precision: str) -> Tensor:
     return torch.from_numpy(cells * _ratio(float(profile.full_error[index]), cells))
 
 
+def cost_settings(precision: str, timing: "Timing") -> dict[str, str | float]:
+    """What a calibration learned about the speed of a precision, as entries of CalibrationProfile.settings.
+
+    Measured times count before predicted ones; those of emulated kernels count for nothing.
+    """
+    if timing.speedup is not None and not timing.emulated:
+        value, origin = timing.speedup, "measured"
+    elif timing.predicted_speedup is not None:
+        value, origin = timing.predicted_speedup, "predicted"
+    else:
+        return {}
+    return {f"fp16_cost_{precision}": float(value), f"fp16_cost_{precision}_is": origin}
+
+
+def fp16_cost(profile: "CalibrationProfile", precision: str) -> Fp16Cost:
+    """What FP16 costs where the profile was measured; FP16_COST where that could neither be measured nor predicted."""
+    value, origin = (profile.settings.get(f"fp16_cost_{precision}{end}") for end in ("", "_is"))
+    if isinstance(value, (int, float)) and value > 0 and origin in {"measured", "predicted"}:
+        return Fp16Cost(float(value), str(origin))
+    return Fp16Cost(FP16_COST[precision], "assumed")
+
+
 def choose_for_error(profile: "CalibrationProfile", precision: str, max_error: float) -> Fp16Choice:
     """The least attention work in FP16 with which the predicted error is at most `max_error`.
 
@@ -84,7 +115,7 @@ def choose_for_error(profile: "CalibrationProfile", precision: str, max_error: f
 
 
 def choose_for_slowdown(
-    profile: "CalibrationProfile", precision: str, max_slowdown: float, fp16_cost: float | None = None
+    profile: "CalibrationProfile", precision: str, max_slowdown: float, cost: float | None = None
 ) -> Fp16Choice:
     """The least predicted error for which attention gets at most `max_slowdown` slower.
 
@@ -92,18 +123,22 @@ def choose_for_slowdown(
         profile: the measurements.
         precision: what is used elsewhere.
         max_slowdown: 0.2 for 20 % more attention time than with everything in low precision.
-        fp16_cost: time of 16-bit attention over that of the precision, above 1; None for FP16_COST.
+        cost: time of 16-bit attention over that of the precision, above 1; None for what the profile knows. Where
+            that is 1 or less, low precision gains nothing, and everything stays in FP16.
 
     Raises:
         ProfileError: the precision wasn't measured.
         ValueError: a negative slowdown, or a cost not above 1.
     """
-    cost = FP16_COST[precision] if fp16_cost is None and precision in FP16_COST else fp16_cost
     profile.precision_index(precision)
     if not max_slowdown >= 0:
         raise ValueError(f"max_slowdown must be 0 or more, got {max_slowdown:g}")
-    if cost is None or not cost > 1:
-        raise ValueError(f"fp16_cost must be above 1, got {cost}")
+    if cost is None:
+        cost = fp16_cost(profile, precision).value
+        if cost <= 1:
+            return choose_for_work(profile, precision, 1.0)
+    if not cost > 1:
+        raise ValueError(f"cost must be above 1, got {cost}")
     return choose_for_work(profile, precision, max_slowdown / (cost - 1))
 
 

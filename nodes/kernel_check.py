@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 TIMEOUT_S = 120.0
 TOKENS, HEADS, HEAD_DIM = 512, 2, 128
@@ -30,7 +29,7 @@ def check_kernels(
         script: what to run; this file.
 
     Returns:
-        For each case {"case": "cuda:0 fp4", "state": "ok" | "wrong" | "not run" | "crashed", "detail": a line}.
+        For each case {"case": "cuda:0 nvfp4_cuda", "state": "ok" | "wrong" | "not run" | "crashed", "detail": a line}.
     """
     results: list[dict[str, str]] = []
     first = 0
@@ -66,34 +65,44 @@ def _run_child(
 
 
 def _cases() -> Iterator[tuple[str, str]]:
+    """Device and kernel. Emulated kernels are tested where they are cheap, on the CPU; GPU kernels on GPUs."""
     from sage_kernels import capabilities  # noqa: PLC0415  (found once the script knows the folder)
-    from sage_kernels.precision import PRECISIONS  # noqa: PLC0415
+    from sage_kernels.kernels import KERNELS  # noqa: PLC0415
 
     for device in capabilities():
-        for precision in PRECISIONS[1:]:
-            yield device.device, precision
+        on_cpu = device.device == "cpu"
+        for kernel in KERNELS:
+            if kernel.precision == "fp16" or kernel.emulated == on_cpu:
+                yield device.device, kernel.name
 
 
-def _run_case(device: str, precision: str) -> dict[str, str]:
+def _run_case(device: str, name: str) -> dict[str, str]:
     import torch  # noqa: PLC0415  (the parent process, which is ComfyUI, needs none of this)
 
-    from sage_kernels import attention, explain  # noqa: PLC0415
+    from sage_kernels import attention  # noqa: PLC0415
+    from sage_kernels.attention_call import make_call  # noqa: PLC0415
+    from sage_kernels.dispatch import decide  # noqa: PLC0415
+    from sage_kernels.kernels import find_kernel  # noqa: PLC0415
+    from sage_kernels.planned_attention import plan_with  # noqa: PLC0415
 
+    kernel = find_kernel(name)
+    precision = kernel.precision
     generator = torch.Generator().manual_seed(0)
     operands = [torch.randn(1, HEADS, TOKENS, HEAD_DIM, generator=generator) for _ in range(3)]
     q, k, v = (operand.to(device, torch.bfloat16) for operand in operands)
-    # Emulated kernels are tested where they are cheap, on the CPU.
-    options: dict[str, Any] = {"precision": precision, "allow_emulation": device == "cpu"}
-    decision = explain(q, k, v, **options)
+    options = (None, False, None, False, None, "BHND", precision, False, kernel.emulated)
+    decision = decide(make_call(q, k, v, *options), (kernel,))
     if decision.kernel is None:
-        return {"state": "not run", "detail": "; ".join(str(refusal) for refusal in decision.refusals)}
-    output = attention(q, k, v, **options).float().cpu()
+        return {"state": "not run", "detail": "; ".join(refusal.reason for refusal in decision.refusals)}
+    if device != "cpu":
+        plan_with(kernel, q, k, v, *options)  # where several kernels serve a precision, attention() would choose
+    output = attention(q, k, v, precision=precision, allow_emulation=kernel.emulated).float().cpu()
     expected = torch.nn.functional.scaled_dot_product_attention(*(x.float().cpu() for x in (q, k, v)))
     cosine = torch.nn.functional.cosine_similarity(output.flatten(), expected.flatten(), dim=0).item()
     good = cosine >= LEAST_COSINE[precision]  # False for NaN
     return {
         "state": "ok" if good else "wrong",
-        "detail": f"{decision.kernel}: cosine {cosine:.5f} to torch's attention (at least {LEAST_COSINE[precision]})",
+        "detail": f"{precision}: cosine {cosine:.5f} to torch's attention (at least {LEAST_COSINE[precision]})",
     }
 
 
@@ -104,13 +113,13 @@ def main(package_folder: str, first: int) -> None:
     # Anything else that prints goes to stderr.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    for number, (device, precision) in enumerate(_cases()):
+    for number, (device, kernel) in enumerate(_cases()):
         if number < first:
             continue
-        case = f"{device} {precision}"
+        case = f"{device} {kernel}"
         print(json.dumps({"case": case}), file=answers, flush=True)
         try:
-            result = _run_case(device, precision)
+            result = _run_case(device, kernel)
         except Exception as error:
             result = {"state": "crashed", "detail": f"{type(error).__name__}: {error}".splitlines()[0]}
         print(json.dumps({"case": case, **result}), file=answers, flush=True)

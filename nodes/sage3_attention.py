@@ -6,11 +6,13 @@ from comfy_api.latest import io
 from torch import nn
 
 from sage_kernels.block_overrides import BlockOverrideError, parse_block_overrides
+from sage_kernels.precision import PRECISIONS
 from sage_kernels.precision_policy import CrossAttention
 
 from .kernel_package import import_sage_kernels
 from .model_families import block_layout, find_blocks, find_family
 from .model_patching import AttentionSettings, patch_model
+from .profile import MEASURABLE
 from .sampling_report import text_on_node
 from .schema_options import advanced, search_aliases
 
@@ -32,10 +34,11 @@ class Sage3Attention(io.ComfyNode):
                 io.Model.Input("model"),
                 io.Combo.Input(
                     "precision",
-                    options=["auto", "fp4", "int8", "fp16"],
+                    options=list(PRECISIONS),  # the package's: saved workflows keep the word, not its place
                     default="auto",
                     tooltip="auto: the fastest that this GPU does well. fp4: SageAttention3 (RTX 50 and other "
-                    "Blackwell GPUs). fp16: the model's own attention. What the GPU can't do is left to the model's "
+                    "Blackwell GPUs). fp8_fp4: FP8 scores, between fp4 and int8. int8: SageAttention2. int8_fp16: the "
+                    "more exact INT8. fp16: the model's own attention. What the GPU can't do is left to the model's "
                     "own attention, with the reason in the log.",
                 ),
                 io.String.Input(
@@ -153,7 +156,7 @@ def describe_blocks(diffusion_model: nn.Module, profile: Any, precision: str) ->
     Args:
         diffusion_model: the network.
         profile: its CalibrationProfile, or None.
-        precision: as the node has it; "auto" is coloured as FP4, its lowest.
+        precision: as the node has it; auto and fp16 are coloured by the first that the profile has.
 
     Returns:
         {"family", "blocks": [{"name", "type", "index"}, ...], "sensitivity": one number per block, or None}.
@@ -166,7 +169,7 @@ def describe_blocks(diffusion_model: nn.Module, profile: Any, precision: str) ->
     family = find_family(diffusion_model).name
     if profile is None:
         return {"family": family, "blocks": blocks, "sensitivity": None}
-    measured = profile.sensitivity_by_block("int8" if precision == "int8" else "fp4")
+    measured = profile.sensitivity_by_block(precision if precision in MEASURABLE else profile.precisions[0])
     missing = [layout.name(block) for block in layout if block not in measured]
     if missing:
         raise ValueError(

@@ -2,20 +2,22 @@
 
 from typing import Any
 
+from comfy_api.latest import io
+from torch import Tensor
+
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
-from comfy_api.latest import io
-from torch import Tensor
 
 from .calibrated_choice import choose, report
 from .calibration import CalibrationSettings, calibrate, evaluations
 from .comparison import sample_run
-from .fp16_choice import cell_errors, fp16_mask
+from .fp16_choice import cell_errors, fp16_cost, fp16_mask
 from .heat_map import draw_heat_map
 from .kernel_package import import_sage_kernels
 from .model_families import block_layout, find_blocks
 from .model_patching import AttentionSettings, patch_model
+from .profile import MEASURABLE
 from .schema_options import advanced, search_aliases
 
 Profile = io.Custom("SAGE3_PROFILE")
@@ -45,7 +47,7 @@ class Sage3Calibrate(io.ComfyNode):
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS),
                 io.Combo.Input(
                     "precision",
-                    options=["fp4", "int8"],
+                    options=list(MEASURABLE),
                     default="fp4",
                     tooltip="What attention runs in wherever it isn't kept in FP16.",
                 ),
@@ -152,7 +154,7 @@ class Sage3Calibrate(io.ComfyNode):
             profile, precision, goal, goal_value / 100, lambda text: sample(patch(text)), expected
         )
         bar.update_absolute(bar.total)
-        summary = report(choice, measured, precision)
+        summary = report(choice, measured, precision, fp16_cost(profile, precision))
         names = [profile.layout.name(block) for block in profile.layout]
         picture = draw_heat_map(
             cell_errors(profile, precision),

@@ -8,7 +8,7 @@ from sage_kernels.block_overrides import BlockLayout
 from sage_kernels.coverage import Coverage
 
 from .attention_override import AttentionOverride
-from .attention_timing import Timing
+from .attention_timing import EARLIER_OVERRIDE, FP16, Timing
 from .sentinel import KEPT_IN_FP16
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class SamplingReport:
 
 
 def node_text(coverage: Coverage, timing: Timing, bad_blocks: list[str]) -> str:
-    """A few lines: calls and seconds per kernel with the reasons of every refusal, the speed-up, blocks that failed."""
+    """A few lines: calls and seconds per kernel, the reasons of every refusal, the speed-up, blocks that failed."""
     if not coverage.by_kernel():
         return NEVER_ASKED
     reasons = coverage.reasons()
@@ -65,13 +65,8 @@ def node_text(coverage: Coverage, timing: Timing, bad_blocks: list[str]) -> str:
         _kernel_line(kernel, calls, timing.seconds.get(kernel), reasons.get(kernel, {}))
         for kernel, calls in coverage.by_kernel().items()
     ]
-    if timing.speedup is not None:
-        lines.append(
-            f"{timing.speedup:.2f}x the speed of the model's own attention, measured; no prediction "
-            f"({timing.compared_calls} calls)"
-        )
-    elif set(coverage.by_kernel()) - {"fp16", "earlier override"}:
-        lines.append("speed-up not measured (verbose measures it); no prediction")
+    if set(coverage.by_kernel()) - {FP16, EARLIER_OVERRIDE}:
+        lines.append(_speed_line(timing))
     lines += [f"block {name} {KEPT_IN_FP16}" for name in bad_blocks]
     return "\n".join(lines)
 
@@ -80,6 +75,20 @@ def _kernel_line(kernel: str, calls: int, seconds: float | None, reasons: Mappin
     took = "" if seconds is None else f" ({_seconds(seconds)})"
     why = "; ".join(reason if count == calls else f"{reason} ({count})" for reason, count in reasons.items())
     return f"{kernel} {calls}{took}" + (f": {why}" if why else "")
+
+
+def _speed_line(timing: Timing) -> str:
+    if timing.speedup is None:
+        parts = ["speed-up not measured (verbose measures it)"]
+    else:
+        parts = [
+            f"{timing.speedup:.2f}x the speed of the model's own attention, measured ({timing.compared_calls} calls)"
+        ]
+    if timing.predicted_speedup is not None:
+        parts.append(f"{timing.predicted_speedup:.2f}x predicted ({timing.predicted_calls} calls)")
+    if timing.unpredicted is not None:
+        parts.append(f"no prediction{' for the rest' if timing.predicted_calls else ''}: {timing.unpredicted}")
+    return "; ".join(parts)
 
 
 def _seconds(seconds: float) -> str:

@@ -17,6 +17,7 @@ from sage_kernels.cubin_cache import CubinCache
 from sage_kernels.kernel_sources import source_folder
 from sage_kernels.kernel_variants import VARIANTS
 from sage_kernels.nvrtc import Nvrtc, find_libraries
+from sage_kernels.precision import PRECISIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK = "sage3_pack"
@@ -146,6 +147,9 @@ def _keywords(call: ast.Call) -> dict[str, Any]:
 
 
 def _constant(node: ast.expr) -> Any:
+    known = {"list(PRECISIONS)": PRECISIONS, "list(MEASURABLE)": PRECISIONS[1:-1]}.get(ast.unparse(node))
+    if known is not None:
+        return list(known)
     try:
         return ast.literal_eval(node)
     except ValueError:

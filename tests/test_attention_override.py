@@ -401,3 +401,11 @@ def test_a_compiled_model_asks_anew_in_every_block(make, monkeypatch):
     torch.compile(model, backend="eager")(*tensors(flat=True))
     assert compiling == [False] * 3
     assert override.coverage.by_block() == {BlockId("double", index): {"fake_fp4": 1} for index in range(3)}
+
+
+def test_the_kernel_packages_prediction_reaches_the_report(make):
+    override = make(kernels=FakeKernels(Decision("fake_fp4", "fp4", (), 0.002, 0.005)))
+    for _ in range(3):
+        override(core_attention, *tensors(flat=True), **as_core_calls(heads=HEADS))
+    timing = override.timer.read()
+    assert (timing.predicted_speedup, timing.predicted_calls) == (pytest.approx(2.5), 3)

@@ -80,3 +80,46 @@ def test_nothing_is_left_of_an_earlier_run(calls):
     timer.reset()
     assert timer.read().seconds == {}
     assert timer.read().speedup is None
+
+
+def shape_of(timing, tokens, masked=False):
+    shape = (1, 2, tokens, 64)
+    return timing.CallShape(shape, shape, "BHND", masked, torch.bfloat16, torch.device("cpu"))
+
+
+def test_a_prediction_counts_each_call_with_the_time_of_its_shape(timing):
+    timer = timing.AttentionTimer()
+    for tokens, calls, seconds, in_16_bit in ((512, 3, 1.0, 1.5), (1024, 1, 4.0, 8.0)):
+        for _ in range(calls):
+            timer.run("fp4", shape_of(timing, tokens), lambda: None, timing.Prediction(seconds, in_16_bit))
+    timer.run("fp16", shape_of(timing, 512), lambda: None)
+    found = timer.read()
+    assert found.predicted_speedup == pytest.approx((3 * 1.5 + 8) / (3 + 4))
+    assert (found.predicted_calls, found.unpredicted) == (4, None)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "masked", "reason"),
+    [
+        ("nvfp4_cuda", False, "no times of such calls are known for this device (cpu)"),
+        ("nvfp4_cuda", True, "calls with a mask have no measured times"),
+        ("fp4_emulated", False, "emulation"),
+    ],
+)
+def test_what_has_no_prediction_says_why(timing, kernel, masked, reason):
+    timer = timing.AttentionTimer()
+    timer.run(kernel, shape_of(timing, 512, masked), lambda: None)
+    found = timer.read()
+    assert (found.predicted_speedup, found.predicted_calls, found.unpredicted) == (None, 0, reason)
+    assert found.emulated == (kernel == "fp4_emulated")
+
+
+def test_the_node_tells_prediction_and_measurement_apart(timing, pack_module):
+    line = pack_module("sampling_report")._speed_line
+    assert line(timing.Timing({}, 1.5, 8, 1.62, 8)) == (
+        "1.50x the speed of the model's own attention, measured (8 calls); 1.62x predicted (8 calls)"
+    )
+    assert line(timing.Timing({}, None, 0, 1.62, 8, "emulation")) == (
+        "speed-up not measured (verbose measures it); 1.62x predicted (8 calls); no prediction for the rest: emulation"
+    )
+    assert line(timing.Timing({}, None, 0, unpredicted="emulation")).endswith("; no prediction: emulation")

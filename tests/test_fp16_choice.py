@@ -1,5 +1,6 @@
 """The choice of FP16 blocks and steps: never worse than trying everything, and written as the parser reads it."""
 
+import dataclasses
 import itertools
 import math
 import sys
@@ -140,11 +141,46 @@ def test_parts_of_the_schedule_meet_halfway(choice):
 
 
 def test_a_slowdown_buys_work_by_the_cost_of_fp16(choice, profile):
-    assert choice.choose_for_slowdown(profile, "fp4", 0.75, fp16_cost=4.0).work <= 0.25
-    slow = choice.choose_for_slowdown(profile, "fp4", 0.75, fp16_cost=2.5)
+    assert choice.choose_for_slowdown(profile, "fp4", 0.75, cost=4.0).work <= 0.25
+    slow = choice.choose_for_slowdown(profile, "fp4", 0.75, cost=2.5)
     assert slow == choice.choose_for_work(profile, "fp4", 0.5)
-    assert slow != choice.choose_for_slowdown(profile, "fp4", 0.75, fp16_cost=4.0)
+    assert slow != choice.choose_for_slowdown(profile, "fp4", 0.75, cost=4.0)
     assert choice.choose_for_slowdown(profile, "fp4", 0.3) == choice.choose_for_work(profile, "fp4", 0.1)
+
+
+def timing_of(pack_module, speedup=None, **found):
+    return pack_module("attention_timing").Timing({}, speedup, 12 if speedup else 0, **found)
+
+
+@pytest.mark.parametrize(
+    ("found", "value", "origin"),
+    [
+        ({"speedup": 1.7, "predicted_speedup": 2.5, "predicted_calls": 4}, 1.7, "measured"),
+        ({"predicted_speedup": 2.5, "predicted_calls": 4}, 2.5, "predicted"),
+        ({"speedup": 0.01, "emulated": True}, 4.0, "assumed"),
+        ({"speedup": 0.01, "emulated": True, "predicted_speedup": 2.5}, 2.5, "predicted"),
+        ({}, 4.0, "assumed"),
+    ],
+)
+def test_what_fp16_costs_is_measured_else_predicted_else_assumed(
+    choice, goals, profile, pack_module, found, value, origin
+):
+    known = choice.cost_settings("fp4", timing_of(pack_module, **found))
+    told = dataclasses.replace(profile, settings={**profile.settings, **known})
+    cost = choice.fp16_cost(told, "fp4")
+    assert (cost.value, cost.origin) == (value, origin)
+    best = choice.choose_for_slowdown(told, "fp4", 0.3)
+    assert best == choice.choose_for_work(profile, "fp4", 0.3 / (value - 1))
+    text = goals.report(best, 0.1, "fp4", cost)
+    assert f"FP16 takes {value:.2f}x the time of fp4" in text
+    assert {"measured": "as measured", "predicted": "as predicted", "assumed": "an assumption"}[origin] in text
+
+
+def test_where_low_precision_gains_no_speed_everything_stays_in_fp16(choice, goals, profile):
+    slow = dataclasses.replace(profile, settings={"fp16_cost_fp4": 0.9, "fp16_cost_fp4_is": "measured"})
+    best = choice.choose_for_slowdown(slow, "fp4", 0.1)
+    assert best.work == 1.0
+    assert "fp4 gains no speed here" in goals.report(best, 0.0, "fp4", choice.fp16_cost(slow, "fp4"))
 
 
 @pytest.mark.parametrize("call", ["choose_for_error", "choose_for_slowdown"])
@@ -196,7 +232,7 @@ def test_the_error_goal_is_met_in_truth_not_only_as_predicted(goals, choice, pro
     assert measured <= 0.3
     assert best.work < 1
     assert measured == pytest.approx(factor * best.predicted_error, rel=1e-3)
-    assert f"final error {measured:.2%}" in goals.report(best, measured, "fp4")
+    assert f"final error {measured:.2%}" in goals.report(best, measured, "fp4", choice.fp16_cost(profile, "fp4"))
 
 
 def test_an_error_goal_that_is_never_met_ends_with_everything_in_fp16(goals, profile):

@@ -296,11 +296,11 @@ def test_the_text_on_the_node_gives_calls_reasons_and_only_what_was_measured(pat
     assert "fp4: needs a CUDA GPU" in calls
     assert fp16.startswith("fp16 4 (")
     assert fp16.endswith("): block override")
-    assert speed.endswith("x the speed of the model's own attention, measured; no prediction (8 calls)")
+    assert speed.endswith("x the speed of the model's own attention, measured (8 calls); no prediction: emulation")
     patch(model, show=texts.append).sample()
-    assert texts.pop().splitlines()[1:] == ["speed-up not measured (verbose measures it); no prediction"]
+    assert texts.pop().splitlines()[1:] == ["speed-up not measured (verbose measures it); no prediction: emulation"]
     patch(model, verbose=True, show=texts.append).sample()
-    assert "measured; no prediction (12 calls)" in texts.pop()
+    assert "measured (12 calls); no prediction" in texts.pop()
     patch(model, kernels=kernels_that_fail({1}), show=texts.append).sample()
     assert "block 1 gave non-finite numbers" in texts.pop()
 

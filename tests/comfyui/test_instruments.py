@@ -31,7 +31,7 @@ def test_doctor_reports_versions_kernels_and_our_override(run_scenario):
     text = run_scenario("instrument_scenarios.doctor", replaced_by=None)["text"]
     assert text.startswith("== Versions\nComfyUI 0.")
     assert "Sage3 Attention; its last sampling: fp4_emulated" in text
-    assert "cpu fp4: ok: fp4_emulated: cosine 0.9" in text
+    assert "cpu fp4_emulated: ok: fp4: cosine 0.9" in text
     assert "== Attention replaced for all models\nnothing" in text
     assert "--cpu: ComfyUI runs on the CPU" in text
     assert text.endswith("== What to do\nnothing: no problem was found")
