@@ -187,7 +187,9 @@ class KVCache:
         if x.device.type != self.device.type or (self.device.index is not None and x.device != self.device):
             raise ValueError(f"{name} must be on the cache's device {self.device}, got {x.device}")
         if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError(f"{name} requires a gradient, which the cache doesn't give; detach it or use torch.no_grad()")
+            raise ValueError(
+                f"{name} requires a gradient, which the cache doesn't give; detach it or use torch.no_grad()"
+            )
 
     def _check_counts(self, counts: Tensor) -> None:
         if counts.dtype != torch.int32 or tuple(counts.shape) != (self.batch,):

@@ -14,14 +14,17 @@ from sage_kernels.kv_cache.storage import MEAN_TOKENS, TOP_EXPONENT, CachedOpera
 
 _APPEND_BLOCK = 32
 _MAX_SPLITS = 256
-_PROGRAMS_PER_PROCESSOR = 4
+# Splits fill the GPU with this many programs a processor where each keeps enough keys to be worth its start and its
+# share of the second launch; where it doesn't, fewer programs do, but not fewer than the second number.
+_PROGRAMS_PER_PROCESSOR = (8, 2)
+_KEYS_PER_SPLIT = 2048
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
     """Sizes of the decode kernel: keys a step, warps of a program, tiles in flight, PTX or plain unpacking."""
 
-    block_n: int = 64
+    block_n: int = 128
     num_warps: int = 4
     num_stages: int = 3
     ptx: bool = True
@@ -91,8 +94,7 @@ def attend(
     block_m = min(64, max(16, triton.next_power_of_2(rows)))
     row_blocks = triton.cdiv(rows, block_m)
     if splits is None:
-        wanted = triton.cdiv(_PROGRAMS_PER_PROCESSOR * _processors(q.device), batch * kv_heads * row_blocks)
-        splits = min(wanted, triton.cdiv(capacity, 2 * config.block_n))
+        splits = _choose_splits(batch * kv_heads * row_blocks, capacity, _processors(q.device), config.block_n)
     splits = max(1, min(splits, _MAX_SPLITS))
     partial_outputs = q.new_empty((splits, *q.shape), dtype=torch.float32)
     partial_lse = q.new_empty((splits, *lse.shape), dtype=torch.float32)
@@ -119,6 +121,11 @@ def attend(
             num_warps=4 if splits > 8 else 1,
         )
     return output, lse
+
+
+def _choose_splits(programs: int, capacity: int, processors: int, block_n: int) -> int:
+    most, least = (triton.cdiv(each * processors, programs) for each in _PROGRAMS_PER_PROCESSOR)
+    return min(most, max(least, triton.cdiv(capacity, _KEYS_PER_SPLIT)), triton.cdiv(capacity, block_n))
 
 
 @lru_cache
