@@ -1,8 +1,9 @@
 """The paper's tables, ours beside them.
 
-    PYTHONPATH=sage_kernels/src python sage_kernels/benchmarks/paper.py            # all steps and rows; on a GPU minutes
-    PYTHONPATH=sage_kernels/src python sage_kernels/benchmarks/paper.py --short    # a sample, under two minutes on a CPU
-    PYTHONPATH=sage_kernels/src python sage_kernels/benchmarks/paper.py --render   # only writes the report again
+    export PYTHONPATH=sage_kernels/src
+    python sage_kernels/benchmarks/paper.py             # all steps and rows, on a GPU
+    python sage_kernels/benchmarks/paper.py --short --results DIR    # a sample, under two minutes on a CPU
+    python sage_kernels/benchmarks/paper.py --render    # only writes the report again
 
 Measures into results/paper.json and results/numerics.json (--short: into a folder of the user's, and of fewer tensors)
 and renders report/REPORT.md and report/report.html from every result file there is. The sentence model needs
@@ -59,8 +60,8 @@ def measure(options: argparse.Namespace) -> None:
     for name in options.sets:
         try:
             for tensors in make_sets(name, device, options.short):
-                sets.append({"name": tensors.name, "what": tensors.what, "cases": len(tensors.cases),
-                             "rows": tensors.cases[0].q.shape[2], "measured": describe("paper.py", device)})  # fmt: skip
+                about = {"name": tensors.name, "what": tensors.what, "rows": tensors.cases[0].q.shape[2]}
+                sets.append(about | {"measured": describe("paper.py", device)})
                 rows += measure_set(tensors, options.short)
             drifts += measure_drift(name, device, options.short)
         except ImportError as error:

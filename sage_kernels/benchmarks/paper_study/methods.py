@@ -51,7 +51,7 @@ def smooth_quant(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Hadamard matrix with random signs. A rotation commutes with subtracting means: before smoothing or after is one."""
+    """Hadamard matrix with random signs; it commutes with subtracting means, so before or after smoothing is one."""
     size = 1 << (q.shape[-1] - 1).bit_length()
     matrix = torch.ones(1, 1, device=q.device)
     while matrix.shape[0] < size:
@@ -95,9 +95,9 @@ def our_cache(group: int) -> Function:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         head_dim = q.shape[-1]
         q, k, v = (torch.nn.functional.pad(x.float(), (0, max(0, 64 - head_dim))) for x in (q, k, v))
-        cache = KVCache(k.shape[0], k.shape[1], k.shape[2], k.shape[3], device="cpu", group=group)
-        cache.append(k.cpu(), v.cpu())
-        output = attention_fp32(q, *(x.to(q.device) for x in cache.dequantize()), scale=head_dim**-0.5)[0]
+        cache = KVCache(k.shape[0], k.shape[1], k.shape[2], k.shape[3], device=q.device, group=group)
+        cache.append(k, v)
+        output = attention_fp32(q, *cache.dequantize(), scale=head_dim**-0.5)[0]
         return output[..., :head_dim]
 
     return call

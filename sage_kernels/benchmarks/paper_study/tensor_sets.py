@@ -26,7 +26,7 @@ _sdpa = torch.nn.functional.scaled_dot_product_attention
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One attention: q [B, H, rows, D] may be a sample of the rows, k and v [B, H, N, D] are whole."""
+    """Attention of one layer on a batch of inputs: q [B, H, rows, D] may be a sample, k and v [B, H, N, D] are whole."""
 
     name: str
     q: Tensor
@@ -36,7 +36,7 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class TensorSet:
-    """Cases of one source; `layers` of them in a row belong to layer 0, the next to layer 1 and so on."""
+    """Cases of one source, one for each layer."""
 
     name: str
     what: str
@@ -48,7 +48,7 @@ def demo_set(device: torch.device, rows: int, steps: int, captured: int) -> Tens
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     transformer = load_transformer(device=device, dtype=dtype)
     wanted = {int((index + 0.5) * steps / captured) for index in range(captured)}
-    cases: list[Case] = []
+    found: dict[BlockId, list[list[Tensor]]] = {}
     step = [-1]
 
     def count(_: object) -> None:
@@ -57,14 +57,15 @@ def demo_set(device: torch.device, rows: int, steps: int, captured: int) -> Tens
     def handle(block: BlockId | None, call: SdpaCall) -> Tensor:
         if block is not None and call.query.shape[2] == call.key.shape[2] and step[0] in wanted:
             operands = (sample_rows(call.query, rows), call.key, call.value)
-            cases.append(Case(f"{block}, step {step[0]}", *(x.detach().bfloat16() for x in operands)))
+            found.setdefault(block, []).append([x.detach().bfloat16() for x in operands])
         return call.default()
 
     router = AttentionRouter(transformer, handle, count)
     digit, direction, seed = DEMO_CLIP
     sample(transformer, conditioning(digit, direction), seed=seed, steps=steps, device=device, dtype=dtype)
     router.remove()
-    what = f"demo video model: 5 blocks, {len(wanted)} of {steps} steps, 2 heads of 128, 2048 tokens"
+    cases = [Case(str(block), *(torch.cat(x) for x in zip(*each, strict=True))) for block, each in found.items()]
+    what = f"demo video model: {len(cases)} blocks, {len(wanted)} of {steps} steps, 2 heads of 128, 2048 tokens"
     return TensorSet("trained_model", what, cases)
 
 
@@ -161,9 +162,8 @@ def _sharp(generator: torch.Generator, length: int) -> tuple[Tensor, Tensor, Ten
     rank = 24
     position = torch.linspace(0, 1, length)[:, None]
     frequency = torch.arange(1, rank // 2 + 1)
-    waves = torch.cat(
-        (torch.sin(2 * torch.pi * frequency * position), torch.cos(2 * torch.pi * frequency * position)), 1
-    )
+    phase = 2 * torch.pi * frequency * position
+    waves = torch.cat((torch.sin(phase), torch.cos(phase)), 1)
     mixing = torch.randn(1, 2, rank, 128, generator=generator) / rank**0.5
     shared = waves @ mixing * 3.4
 
