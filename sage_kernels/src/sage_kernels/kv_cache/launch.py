@@ -1,0 +1,141 @@
+"""Launches of the cache's Triton kernels: grids, block sizes, how many splits."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from sage_kernels.kv_cache import triton_append, triton_decode
+from sage_kernels.kv_cache.storage import MEAN_TOKENS, TOP_EXPONENT, CachedOperand
+
+_APPEND_BLOCK = 32
+_MAX_SPLITS = 256
+# Splits fill the GPU with this many programs a processor where each keeps enough keys to be worth its start and its
+# share of the second launch; where it doesn't, fewer programs do, but not fewer than the second number.
+_PROGRAMS_PER_PROCESSOR = (8, 2)
+_KEYS_PER_SPLIT = 2048
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Sizes of the decode kernel: keys a step, warps of a program, tiles in flight, PTX or plain unpacking."""
+
+    block_n: int = 128
+    num_warps: int = 4
+    num_stages: int = 3
+    ptx: bool = True
+
+
+DEFAULT_CONFIG = DecodeConfig()
+INTERPRETED = DecodeConfig(ptx=False)
+
+
+def append(
+    operand: CachedOperand,
+    x: Tensor,
+    counts: Tensor | None,
+    lengths: Tensor,
+    written: Tensor,
+    capacity: int,
+    rolling: bool,
+) -> None:
+    """Two launches; arguments as in `reference`, x [B, Hkv, n, D] of any strides. lengths and written stay."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    batch, heads, tokens, head_dim = x.shape
+    strides = x.stride()[:3]
+    has_counts = counts is not None
+    with _on_device(x.device):
+        triton_append.begin_sequences[(batch * heads,)](
+            *(x, counts if has_counts else lengths, lengths, operand.means, operand.head_scales),
+            *(*strides, heads, tokens),
+            HEAD_DIM=head_dim,
+            BLOCK=_APPEND_BLOCK,
+            LEAST=MEAN_TOKENS,
+            TOP=TOP_EXPONENT,
+            HAS_COUNTS=has_counts,
+        )
+        block = min(_APPEND_BLOCK, triton.next_power_of_2(tokens))
+        triton_append.append_tokens[(triton.cdiv(tokens, block), batch * heads)](
+            *(x, counts if has_counts else lengths, written, operand.means, operand.head_scales),
+            *(operand.codes, operand.scales, *strides, heads, tokens, capacity, operand.codes.shape[2]),
+            HEAD_DIM=head_dim,
+            GROUP=head_dim // operand.scales.shape[-1],
+            BLOCK=block,
+            HAS_COUNTS=has_counts,
+            ROLLING=rolling,
+        )
+
+
+def attend(
+    q: Tensor,
+    key: CachedOperand,
+    value: CachedOperand,
+    lengths: Tensor,
+    capacity: int,
+    scale: float,
+    is_causal: bool,
+    splits: int | None,
+    config: DecodeConfig = DEFAULT_CONFIG,
+) -> tuple[Tensor, Tensor]:
+    """Two launches; output [B, H, Nq, D] in q's dtype, LSE float32 [B, H, Nq]."""
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    batch, heads, query_length, head_dim = q.shape
+    kv_heads = key.codes.shape[1]
+    group_heads = heads // kv_heads
+    output = q.new_empty(q.shape)
+    lse = q.new_empty((batch, heads, query_length), dtype=torch.float32)
+    if output.numel() == 0:
+        return output, lse
+    rows = group_heads * query_length
+    block_m = min(64, max(16, triton.next_power_of_2(rows)))
+    row_blocks = triton.cdiv(rows, block_m)
+    if splits is None:
+        splits = _choose_splits(batch * kv_heads * row_blocks, capacity, _processors(q.device), config.block_n)
+    splits = max(1, min(splits, _MAX_SPLITS))
+    partial_outputs = q.new_empty((splits, *q.shape), dtype=torch.float32)
+    partial_lse = q.new_empty((splits, *lse.shape), dtype=torch.float32)
+    with _on_device(q.device):
+        triton_decode.attend_split[(splits, batch * kv_heads, row_blocks)](
+            *(q, lengths, key.codes, key.scales, key.means, key.head_scales, value.codes, value.scales),
+            *(partial_outputs, partial_lse, scale, *q.stride()[:3], heads, query_length, key.codes.shape[2], splits),
+            HEAD_DIM=head_dim,
+            GROUP=head_dim // key.scales.shape[-1],
+            GROUP_HEADS=group_heads,
+            BLOCK_M=block_m,
+            BLOCK_N=config.block_n,
+            CAUSAL=is_causal,
+            PTX=config.ptx,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        triton_decode.combine_splits[(lse.numel(),)](
+            *(partial_outputs, partial_lse, value.means, value.head_scales, output, lse),
+            *(lse.numel(), heads, query_length, splits),
+            HEAD_DIM=head_dim,
+            GROUP_HEADS=group_heads,
+            SPLITS=triton.next_power_of_2(splits),
+            num_warps=4 if splits > 8 else 1,
+        )
+    return output, lse
+
+
+def _choose_splits(programs: int, capacity: int, processors: int, block_n: int) -> int:
+    most, least = (triton.cdiv(each * processors, programs) for each in _PROGRAMS_PER_PROCESSOR)
+    return min(most, max(least, triton.cdiv(capacity, _KEYS_PER_SPLIT)), triton.cdiv(capacity, block_n))
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@contextlib.contextmanager
+def _on_device(device: torch.device) -> Iterator[None]:
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        yield
