@@ -81,7 +81,7 @@ class Int8TritonKernel:
         """Two launches: statistics of K and V, then codes and scales of Q, K and V."""
         fp8 = self._uses_fp8(call)
         block_d = _block_d(call.head_dim)
-        with on_device(call.device):
+        with _on_device(call.device):
             operands = _quantize(call, block_d, fp8)
         return _State(
             operands,
@@ -103,7 +103,7 @@ class Int8TritonKernel:
 
     def run(self, state: Any) -> tuple[Tensor, Tensor | None]:
         """One launch."""
-        with on_device(state.operands.query.device):
+        with _on_device(state.operands.query.device):
             return _attend(state)
 
     def _uses_fp8(self, call: AttentionCall) -> bool:
@@ -284,7 +284,7 @@ def _chunks(kv_heads: int, steps: int) -> int:
     return min(wanted, 1 << (steps - 1).bit_length())
 
 
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def _on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensors'."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()

@@ -33,6 +33,7 @@ class TrainingConfig:
     forward: BlockConfig
     key_value: BlockConfig
     query: BlockConfig
+    split_head_dim: bool = False
 
     def recipe(self, precision: str) -> TrainingRecipe:
         """What kernels with these blocks compute, for comparison with the reference."""
@@ -47,7 +48,9 @@ class TrainingConfig:
 def find_config(architecture: Architecture | None, block_d: int) -> TrainingConfig:
     """The row for a head_dim padded to `block_d`; None is Triton's interpreter on the CPU."""
     if architecture is not None and architecture.shared_memory >= 227 << 10:
-        return TrainingConfig(BlockConfig(128, 128, 8, 3), BlockConfig(64, 128, 8, 2), BlockConfig(128, 64, 8, 3))
+        return TrainingConfig(
+            BlockConfig(128, 128, 8, 3), BlockConfig(64, 128, 8, 2), BlockConfig(128, 64, 8, 3), block_d > 64
+        )
     if block_d <= 64:
         return TrainingConfig(BlockConfig(128, 64, 4, 2), BlockConfig(64, 64, 4, 2), BlockConfig(64, 64, 4, 2))
     return TrainingConfig(BlockConfig(128, 64, 8, 2), BlockConfig(32, 64, 4, 1), BlockConfig(64, 64, 4, 1))

@@ -101,7 +101,8 @@ def quantized(x: Tensor, recipe: TrainingRecipe, block: tuple[int, int]) -> Tens
     rows, columns = x.shape[-2:]
     height, width = block[0], columns if block[1] == -1 else block[1]
     padded = torch.nn.functional.pad(x, (0, -columns % width, 0, -rows % height))
-    blocks = padded.unflatten(-1, (-1, width)).unflatten(-3, (-1, height))  # [..., rows, height, columns, width]
+    shape = (*x.shape[:-2], padded.shape[-2] // height, height, padded.shape[-1] // width, width)
+    blocks = padded.reshape(shape)
     absmax = blocks.abs().amax((-3, -1), keepdim=True)
     limit = INT8_MAX if recipe.number == "int8" else E4M3_MAX
     scales = torch.where(absmax.isfinite(), absmax, torch.nan) / limit
@@ -140,4 +141,5 @@ def _expand(x: Tensor, query: Tensor) -> Tensor:
 
 
 def _sum_groups(x: Tensor, group: int) -> Tensor:
-    return x.unflatten(1, (-1, group)).sum(2)
+    batch, heads, rows, columns = x.shape
+    return x.reshape(batch, heads // group, group, rows, columns).sum(2)

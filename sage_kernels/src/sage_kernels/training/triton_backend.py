@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from sage_kernels.architectures import device_architecture
-from sage_kernels.kernels.int8_triton import on_device
 from sage_kernels.training.configs import TrainingConfig, find_config
 from sage_kernels.training.recipe import RECIPES
+from sage_kernels.training.triton_launch import on_device
 
-_CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +45,9 @@ def empty_saved(q: Tensor, k: Tensor, precision: str) -> Saved:
     query_heads, kv_heads = q.shape[0] * q.shape[1], k.shape[0] * k.shape[1]
     return Saved(
         q.new_empty((query_heads, query_tiles * recipe.query_tile), dtype=torch.float32),
-        q.new_empty((query_heads, query_tiles * recipe.query_tile, block_d), dtype=_CODES[precision]),
+        q.new_empty((query_heads, query_tiles * recipe.query_tile, block_d), dtype=CODES[precision]),
         q.new_empty((query_heads, query_tiles), dtype=torch.float32),
-        q.new_empty((kv_heads, key_tiles * recipe.key_tile, block_d), dtype=_CODES[precision]),
+        q.new_empty((kv_heads, key_tiles * recipe.key_tile, block_d), dtype=CODES[precision]),
         q.new_empty((kv_heads, key_tiles), dtype=torch.float32),
     )
 
@@ -148,8 +148,8 @@ def backward(
         kernels.key_value_gradients[(batch * kv_heads * blocks,)](
             saved.query, query_transposed, saved.query_scales, saved.key, saved.key_scales, v,
             d_output, d_output_codes, d_output_scales, saved.lse, delta, d_key, d_value, abs(scale), *sizes, blocks,
-            *strides, **dims, BLOCK_M=block.block_m, BLOCK_N=block.block_n, CAUSAL=is_causal, **tiles,
-            num_warps=block.warps, num_stages=block.stages,
+            *strides, **dims, BLOCK_M=block.block_m, BLOCK_N=block.block_n, CAUSAL=is_causal,
+            SPLIT=config.split_head_dim, **tiles, num_warps=block.warps, num_stages=block.stages,
         )  # fmt: skip
         blocks, block = -(-query_length // config.query.block_m), config.query
         kernels.query_gradients[(batch * heads * blocks,)](

@@ -29,7 +29,9 @@ def _row_codes(x, absmax, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FP8: tl.con
 @triton.jit
 def _walk_queries(
     d_key,
+    d_key_high,
     d_value,
+    d_value_high,
     k,
     v,
     key_factor,
@@ -52,11 +54,13 @@ def _walk_queries(
     BLOCK_N: tl.constexpr,
     QUERY_TILE: tl.constexpr,
     EDGE: tl.constexpr,
+    SPLIT: tl.constexpr,
     FP8: tl.constexpr,
 ):
     """Adds to dK and dV what query blocks first to last - 1 give; EDGE blocks hold queries that don't see all keys."""
     lanes = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
+    half = tl.arange(0, BLOCK_D // 2 if SPLIT else BLOCK_D)
     for block in range(first, last):
         start = block * BLOCK_M
         rows = start + lanes
@@ -77,18 +81,26 @@ def _walk_queries(
         weights = tl.math.exp2(scores * factor[:, None] - tl.load(lse + rows)[None, :])
         if EDGE:
             weights = tl.where(keys[:, None] <= rows[None, :], weights, 0.0)
-        place = tile.to(tl.int64) * QUERY_TILE * BLOCK_D + start % QUERY_TILE
-        transposed = place + (lanes[:, None] + columns[None, :] * QUERY_TILE)
-        p, scale = _row_codes(weights, tl.max(weights, 1), BLOCK_N, BLOCK_M, FP8)
-        product = multiply(p, tl.load(d_output_codes + transposed), FP8)
-        scale *= d_output_scale + query_scale * 0.0  # NaN where Q was not finite: maxima pass over it
-        d_value += product.to(tl.float32) * scale[:, None]
+        place = tile.to(tl.int64) * (QUERY_TILE * BLOCK_D)
+        if BLOCK_M != QUERY_TILE:
+            place += tl.multiple_of(start % QUERY_TILE, BLOCK_M)
+        transposed = place + (lanes[:, None] + half[None, :] * QUERY_TILE)
+        high: tl.constexpr = BLOCK_D // 2 * QUERY_TILE
+        # Both are codes before either is multiplied: the products then take the registers of the scores.
+        p, p_scale = _row_codes(weights, tl.max(weights, 1), BLOCK_N, BLOCK_M, FP8)
         d_scores = weights * (d_weights - tl.load(delta + rows)[None, :])
-        ds, scale = _row_codes(d_scores, tl.max(tl.abs(d_scores), 1), BLOCK_N, BLOCK_M, FP8)
-        product = multiply(ds, tl.load(query_transposed + transposed), FP8)
-        scale *= query_scale + d_output_scale * 0.0
-        d_key += product.to(tl.float32) * scale[:, None]
-    return d_key, d_value
+        ds, ds_scale = _row_codes(d_scores, tl.max(tl.abs(d_scores), 1), BLOCK_N, BLOCK_M, FP8)
+        p_scale *= d_output_scale + query_scale * 0.0  # NaN where Q was not finite: maxima pass over it
+        ds_scale *= query_scale + d_output_scale * 0.0
+        d_value += multiply(p, tl.load(d_output_codes + transposed), FP8).to(tl.float32) * p_scale[:, None]
+        if SPLIT:
+            product = multiply(p, tl.load(d_output_codes + high + transposed), FP8)
+            d_value_high += product.to(tl.float32) * p_scale[:, None]
+        d_key += multiply(ds, tl.load(query_transposed + transposed), FP8).to(tl.float32) * ds_scale[:, None]
+        if SPLIT:
+            product = multiply(ds, tl.load(query_transposed + high + transposed), FP8)
+            d_key_high += product.to(tl.float32) * ds_scale[:, None]
+    return d_key, d_key_high, d_value, d_value_high
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -127,6 +139,7 @@ def key_value_gradients(
     QUERY_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
     CAUSAL: tl.constexpr,
+    SPLIT: tl.constexpr,
     FP8: tl.constexpr,
 ):
     """dK and dV of BLOCK_N keys of one head of K, contiguous [B * Hkv, Nk, HEAD_DIM]."""
@@ -150,8 +163,10 @@ def key_value_gradients(
         first = tl.minimum(start // BLOCK_M, query_blocks)
         full = tl.minimum(tl.cdiv(start + BLOCK_N - 1, BLOCK_M), query_blocks)
 
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    # Halves of head_dim: an INT8 product needs registers of its own until it is added to the sum.
+    width: tl.constexpr = BLOCK_D // 2 if SPLIT else BLOCK_D
+    dk = tl.zeros([BLOCK_N, width], tl.float32)
+    dk_high, dv, dv_high = dk, dk, dk
     group = heads // kv_heads
     for member in range(group):
         query_head = kv_head % kv_heads * group + member
@@ -159,26 +174,31 @@ def key_value_gradients(
         row_base = head * query_tiles * QUERY_TILE
         d_out = d_output + batch * d_output_batch_stride + query_head * d_output_head_stride
         if CAUSAL:
-            dk, dv = _walk_queries(
-                dk, dv, k, v, key_factor, keys, query_codes + row_base * BLOCK_D,
+            dk, dk_high, dv, dv_high = _walk_queries(
+                dk, dk_high, dv, dv_high, k, v, key_factor, keys, query_codes + row_base * BLOCK_D,
                 query_transposed + row_base * BLOCK_D, query_scales + head * query_tiles, d_out, d_output_row_stride,
                 d_output_codes + row_base * BLOCK_D, d_output_scales + head * query_tiles, lse + row_base,
                 delta + row_base, query_length, first, full,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, QUERY_TILE, True, FP8,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, QUERY_TILE, True, SPLIT, FP8,
             )  # fmt: skip
-        dk, dv = _walk_queries(
-            dk, dv, k, v, key_factor, keys, query_codes + row_base * BLOCK_D,
+        dk, dk_high, dv, dv_high = _walk_queries(
+            dk, dk_high, dv, dv_high, k, v, key_factor, keys, query_codes + row_base * BLOCK_D,
             query_transposed + row_base * BLOCK_D, query_scales + head * query_tiles, d_out, d_output_row_stride,
             d_output_codes + row_base * BLOCK_D, d_output_scales + head * query_tiles, lse + row_base,
             delta + row_base, query_length, full, query_blocks,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, QUERY_TILE, False, FP8,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, QUERY_TILE, False, SPLIT, FP8,
         )  # fmt: skip
 
+    columns = tl.arange(0, width)
     offsets = (kv_head * key_length + keys)[:, None] * HEAD_DIM + columns[None, :]
     inside = (keys < key_length)[:, None] & (columns < HEAD_DIM)[None, :]
-    dk *= (softmax_scale + key_scale * 0.0)[:, None]
-    tl.store(d_key + offsets, dk.to(d_key.dtype.element_ty), mask=inside)
+    factor = (softmax_scale + key_scale * 0.0)[:, None]
+    tl.store(d_key + offsets, (dk * factor).to(d_key.dtype.element_ty), mask=inside)
     tl.store(d_value + offsets, dv.to(d_value.dtype.element_ty), mask=inside)
+    if SPLIT:
+        inside = (keys < key_length)[:, None] & (columns + width < HEAD_DIM)[None, :]
+        tl.store(d_key + width + offsets, (dk_high * factor).to(d_key.dtype.element_ty), mask=inside)
+        tl.store(d_value + width + offsets, dv_high.to(d_value.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -232,7 +252,9 @@ def _walk_keys(
             weights = tl.where(visible, weights, 0.0)
         d_scores = weights * (d_weights - row_delta[:, None])
         ds, scale = _row_codes(d_scores, tl.max(tl.abs(d_scores), 1), BLOCK_M, BLOCK_N, FP8)
-        place = key_transposed + tile.to(tl.int64) * KEY_TILE * BLOCK_D + start % KEY_TILE
+        place = key_transposed + tile.to(tl.int64) * (KEY_TILE * BLOCK_D)
+        if BLOCK_N != KEY_TILE:
+            place += tl.multiple_of(start % KEY_TILE, BLOCK_N)
         product = multiply(ds, tl.load(place + (lanes[:, None] + columns[None, :] * KEY_TILE)), FP8)
         d_query += product.to(tl.float32) * (scale * key_scale)[:, None]
     return d_query
@@ -314,6 +336,8 @@ def query_gradients(
     )  # fmt: skip
 
     offsets = (head * query_length + rows)[:, None] * HEAD_DIM + columns[None, :]
-    dq *= (softmax_scale * query_sign + (query_factor + row_delta) * 0.0)[:, None]  # NaN where Q, dO or V were: maxima pass over it
+    dq *= (softmax_scale * query_sign + (query_factor + row_delta) * 0.0)[
+        :, None
+    ]  # NaN where Q, dO or V were: maxima pass over it
     valid = (rows < query_length)[:, None] & (columns < HEAD_DIM)[None, :]
     tl.store(d_query + offsets, dq.to(d_query.dtype.element_ty), mask=valid)

@@ -64,7 +64,9 @@ def _walk(
         weight_scale = tl.math.exp2(local_max - new_max - log2_limit)
         row_sum = row_sum * rescale + tl.sum(weights, 1) * weight_scale
         p = permute_columns(round_codes(weights, FP8), BLOCK_M, BLOCK_N)
-        place = value_codes + tile.to(tl.int64) * KEY_TILE * BLOCK_D + start % KEY_TILE
+        place = value_codes + tile.to(tl.int64) * (KEY_TILE * BLOCK_D)
+        if BLOCK_N != KEY_TILE:
+            place += tl.multiple_of(start % KEY_TILE, BLOCK_N)
         v = tl.load(place + (lanes[:, None] + columns[None, :] * KEY_TILE))
         output_scale = weight_scale * tl.load(value_scales + tile)
         product = multiply(p, v, FP8).to(tl.float32)

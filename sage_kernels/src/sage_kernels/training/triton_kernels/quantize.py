@@ -102,23 +102,27 @@ def quantize_inputs(
         program -= query_programs
         head, tile = (program // key_tiles).to(tl.int64), program % key_tiles
         batch, kv_head = head // kv_heads, head % kv_heads
-        lanes = tl.arange(0, KEY_TILE)
-        rows = tile * KEY_TILE + lanes
-        valid = rows < key_length
+        key_lanes = tl.arange(0, KEY_TILE)
+        key_rows = tile * KEY_TILE + key_lanes
+        valid = key_rows < key_length
         key += batch * key_batch_stride + kv_head * key_head_stride
         pieces = tl.arange(0, CHUNKS)[:, None] * BLOCK_D + columns[None, :]
         mean = tl.sum(tl.load(partials + head * CHUNKS * BLOCK_D + pieces), 0) / key_length.to(tl.float32)
-        x = load_rows(key, rows, key_row_stride, columns, key_column_stride, valid, HEAD_DIM)
-        codes, scale = quantize_tile(tl.where(valid[:, None], x - mean[None, :], 0.0), FP8)
-        base = head * key_tiles * KEY_TILE * BLOCK_D
-        tl.store(key_codes + base + rows.to(tl.int64)[:, None] * BLOCK_D + columns[None, :], codes)
+        keys = load_rows(key, key_rows, key_row_stride, columns, key_column_stride, valid, HEAD_DIM)
+        codes_of_key, scale = quantize_tile(tl.where(valid[:, None], keys - mean[None, :], 0.0), FP8)
+        key_base = head * key_tiles * KEY_TILE * BLOCK_D
+        tl.store(key_codes + key_base + key_rows.to(tl.int64)[:, None] * BLOCK_D + columns[None, :], codes_of_key)
         tl.store(key_scales + head * key_tiles + tile, scale)
 
         value += batch * value_batch_stride + kv_head * value_head_stride
-        rows = tile * KEY_TILE + permuted(lanes)
-        x = load_rows(value, rows, value_row_stride, columns, value_column_stride, rows < key_length, HEAD_DIM)
-        codes, scale = quantize_tile(x, FP8)
-        _store_transposed(codes, value_codes + base + tile.to(tl.int64) * KEY_TILE * BLOCK_D, BLOCK_D, KEY_TILE)
+        key_rows = tile * KEY_TILE + permuted(key_lanes)
+        values = load_rows(
+            value, key_rows, value_row_stride, columns, value_column_stride, key_rows < key_length, HEAD_DIM
+        )
+        codes_of_value, scale = quantize_tile(values, FP8)
+        _store_transposed(
+            codes_of_value, value_codes + key_base + tile.to(tl.int64) * KEY_TILE * BLOCK_D, BLOCK_D, KEY_TILE
+        )
         tl.store(value_scales + head * key_tiles + tile, scale)
 
 
@@ -175,7 +179,7 @@ def prepare_backward(
         q = tl.load(query_codes + base + lanes[:, None] * BLOCK_D + columns[None, :])
         _store_transposed(q, query_transposed + base, BLOCK_D, QUERY_TILE)
     else:
-        base = (program - query_programs).to(tl.int64) * KEY_TILE * BLOCK_D
-        lanes = permuted(tl.arange(0, KEY_TILE))
-        k = tl.load(key_codes + base + lanes[:, None] * BLOCK_D + columns[None, :])
-        _store_transposed(k, key_transposed + base, BLOCK_D, KEY_TILE)
+        key_base = (program - query_programs).to(tl.int64) * KEY_TILE * BLOCK_D
+        key_lanes = permuted(tl.arange(0, KEY_TILE))
+        k = tl.load(key_codes + key_base + key_lanes[:, None] * BLOCK_D + columns[None, :])
+        _store_transposed(k, key_transposed + key_base, BLOCK_D, KEY_TILE)
