@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sage_kernels.formats.fp8_e4m3 import E4M3_MAX, round_to_e4m3
+from sage_kernels.formats.grouping import divide
 from sage_kernels.formats.int8 import INT8_MAX
 from sage_kernels.training.recipe import TrainingRecipe
 
@@ -105,7 +106,7 @@ def quantized(x: Tensor, recipe: TrainingRecipe, block: tuple[int, int]) -> Tens
     blocks = padded.reshape(shape)
     absmax = blocks.abs().amax((-3, -1), keepdim=True)
     limit = INT8_MAX if recipe.number == "int8" else E4M3_MAX
-    scales = torch.where(absmax.isfinite(), absmax, torch.nan) / limit
+    scales = divide(torch.where(absmax.isfinite(), absmax, torch.nan), limit)
     codes = torch.where(scales > 0, blocks / scales, 0.0)
     codes = codes.round() if recipe.number == "int8" else round_to_e4m3(codes)
     return (codes * scales).flatten(-2).flatten(-3, -2)[..., :rows, :columns]

@@ -12,7 +12,6 @@ from sage_kernels.training.triton_kernels.numbers import (
     multiply,
     permute_columns,
     round_codes,
-    sum_to_float,
 )
 
 _SIZES = ["heads", "kv_heads", "query_length", "key_length", "query_tiles", "key_tiles", "blocks"]
@@ -69,13 +68,14 @@ def _walk_queries(
         q = tl.load(query_codes + row_offset + (lanes[None, :] * BLOCK_D + columns[:, None]))
         query_scale = tl.load(query_scales + tile)
         d_output_scale = tl.load(d_output_scales + tile)
-        scores = sum_to_float(multiply(k, q, FP8), FP8)  # transposed: [keys, queries]
+        scores = multiply(k, q, FP8).to(tl.float32)  # transposed: [keys, queries]
         # Rows past the end are those of the last query: P is 0 there, because their LSE is infinite.
-        d_out_rows = d_output + tl.minimum(rows, query_length - 1).to(tl.int64) * d_output_row_stride
+        place = d_output + start.to(tl.int64) * d_output_row_stride
+        offsets = tl.minimum(lanes, query_length - 1 - start)[None, :] * d_output_row_stride + columns[:, None]
         if HEAD_DIM == BLOCK_D:
-            d_out = tl.load(d_out_rows[None, :] + columns[:, None])
+            d_out = tl.load(place + offsets)
         else:
-            d_out = tl.load(d_out_rows[None, :] + columns[:, None], mask=(columns < HEAD_DIM)[:, None], other=0.0)
+            d_out = tl.load(place + offsets, mask=(columns < HEAD_DIM)[:, None], other=0.0)
         d_weights = tl.dot(v, d_out)
         factor = key_factor * query_scale
         weights = tl.math.exp2(scores * factor[:, None] - tl.load(lse + rows)[None, :])
@@ -236,7 +236,7 @@ def _walk_keys(
         tile = start // KEY_TILE
         k = tl.load(key_codes + start.to(tl.int64) * BLOCK_D + (lanes[None, :] * BLOCK_D + columns[:, None]))
         key_scale = tl.load(key_scales + tile)
-        scores = sum_to_float(multiply(q, k, FP8), FP8)
+        scores = multiply(q, k, FP8).to(tl.float32)
         value_rows = value + tl.minimum(keys, key_length - 1).to(tl.int64) * value_row_stride
         if HEAD_DIM == BLOCK_D:
             v = tl.load(value_rows[None, :] + columns[:, None])

@@ -9,7 +9,6 @@ from sage_kernels.training.triton_kernels.numbers import (
     multiply,
     permute_columns,
     round_codes,
-    sum_to_float,
 )
 
 
@@ -45,7 +44,7 @@ def _walk(
         tile = start // KEY_TILE
         k = tl.load(key_codes + start.to(tl.int64) * BLOCK_D + (lanes[None, :] * BLOCK_D + columns[:, None]))
         factor = query_factor * tl.load(key_scales + tile)
-        scores = sum_to_float(multiply(q, k, FP8), FP8)
+        scores = multiply(q, k, FP8).to(tl.float32)
         # The block's largest weight becomes the largest code: its scale is known without looking for a maximum.
         if EDGE:
             keys = start + lanes

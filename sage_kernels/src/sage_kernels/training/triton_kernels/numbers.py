@@ -8,7 +8,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # 1.5 * 2^23: adding it rounds to an integer, ties to even, and leaves the integer in the low bits.
 ROUND = tl.constexpr(12582912.0)
-_ROUND_BITS = tl.constexpr(0x4B400000)
 INT8_MAX = tl.constexpr(127.0)
 E4M3_MAX = tl.constexpr(448.0)
 
@@ -32,14 +31,6 @@ def round_codes(x, FP8: tl.constexpr):
 def multiply(a, b, FP8: tl.constexpr):
     """a b of codes: int32, or float32."""
     return tl.dot(a, b, out_dtype=tl.float32 if FP8 else tl.int32)
-
-
-@triton.jit
-def sum_to_float(x, FP8: tl.constexpr):
-    """A sum of at most 128 products of INT8 codes as float32, exactly; without the conversion pipe."""
-    if FP8:
-        return x
-    return (x + _ROUND_BITS).to(tl.float32, bitcast=True) - ROUND
 
 
 @triton.jit
@@ -67,10 +58,13 @@ def load_rows(pointer, rows, row_stride, columns, column_stride, valid, HEAD_DIM
 
 @triton.jit
 def quantize_tile(x, FP8: tl.constexpr):
-    """Codes of [rows, columns] with one scale, and the scale; NaN where the tile holds something that is not finite."""
+    """Codes of [rows, columns] with one scale, and that scale [1]; NaN where the tile holds something that is not finite."""
     magnitude = tl.abs(x)
     absmax = tl.max(tl.max(tl.where(magnitude < INF, magnitude, INF), 1), 0)
-    finite = absmax < INF
-    inverse = tl.where((absmax > 0) & finite, limit(FP8) / absmax, 0.0)
-    codes = round_codes(tl.where(magnitude < INF, x * inverse, 0.0), FP8)
-    return codes, tl.where(finite, absmax / limit(FP8), absmax - absmax)
+    # Divided, and correctly rounded: 16-bit numbers fall between two codes often enough for a reciprocal to tell.
+    absmax += tl.zeros([1], tl.float32)
+    scale = tl.div_rn(absmax, tl.full([1], 1.0, tl.float32) * limit(FP8))
+    usable = (scale > 0) & (absmax < INF)
+    divisor = tl.broadcast_to(tl.where(usable, scale, 1.0)[:, None], x.shape)
+    quotient = tl.div_rn(tl.where(usable[:, None] & (magnitude < INF), x, 0.0), divisor)
+    return round_codes(quotient, FP8), tl.where(absmax < INF, scale, absmax - absmax)

@@ -97,7 +97,7 @@ def quantize_inputs(
         codes, scale = quantize_tile(x * query_sign, FP8)
         base = head * query_tiles * QUERY_TILE * BLOCK_D
         tl.store(query_codes + base + rows.to(tl.int64)[:, None] * BLOCK_D + columns[None, :], codes)
-        tl.store(query_scales + head * query_tiles + tile, scale)
+        tl.store(query_scales + head * query_tiles + tile + tl.arange(0, 1), scale)
     else:
         program -= query_programs
         head, tile = (program // key_tiles).to(tl.int64), program % key_tiles
@@ -112,7 +112,7 @@ def quantize_inputs(
         codes_of_key, scale = quantize_tile(tl.where(valid[:, None], keys - mean[None, :], 0.0), FP8)
         key_base = head * key_tiles * KEY_TILE * BLOCK_D
         tl.store(key_codes + key_base + key_rows.to(tl.int64)[:, None] * BLOCK_D + columns[None, :], codes_of_key)
-        tl.store(key_scales + head * key_tiles + tile, scale)
+        tl.store(key_scales + head * key_tiles + tile + tl.arange(0, 1), scale)
 
         value += batch * value_batch_stride + kv_head * value_head_stride
         key_rows = tile * KEY_TILE + permuted(key_lanes)
@@ -123,7 +123,7 @@ def quantize_inputs(
         _store_transposed(
             codes_of_value, value_codes + key_base + tile.to(tl.int64) * KEY_TILE * BLOCK_D, BLOCK_D, KEY_TILE
         )
-        tl.store(value_scales + head * key_tiles + tile, scale)
+        tl.store(value_scales + head * key_tiles + tile + tl.arange(0, 1), scale)
 
 
 @triton.jit(do_not_specialize=["heads", "query_length", "query_tiles", "query_programs"])
@@ -173,7 +173,7 @@ def prepare_backward(
         codes, scale = quantize_tile(d_out, FP8)
         # A NaN of V reaches dK only through delta, and the maxima of the backward kernels pass over it.
         scale += tl.sum(row_sums, 0) * 0.0
-        tl.store(d_output_scales + head * query_tiles + tile, scale)
+        tl.store(d_output_scales + head * query_tiles + tile + tl.arange(0, 1), scale)
         base = (head * query_tiles + tile) * QUERY_TILE * BLOCK_D
         _store_transposed(codes, d_output_codes + base, BLOCK_D, QUERY_TILE)
         q = tl.load(query_codes + base + lanes[:, None] * BLOCK_D + columns[None, :])
