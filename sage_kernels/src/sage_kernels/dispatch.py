@@ -10,6 +10,8 @@ from sage_kernels.kernels.interface import Kernel
 from sage_kernels.precision import DESCRIPTIONS, PRECISIONS, Precision
 from sage_kernels.router import fastest_sixteen_bit, predicted_seconds, slower_than_sixteen_bit
 
+_ADVICE = "Use precision='auto' for the best that can, or allow_emulation=True to compute it slowly."
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -51,13 +53,10 @@ class Decision:
 class UnsupportedAttention(RuntimeError):
     """No kernel can do the call at the precision that was asked for. Carries the Decision."""
 
-    def __init__(self, decision: Decision, precision: Precision) -> None:
+    def __init__(self, decision: Decision, precision: str, what: str = "attention", advice: str = _ADVICE) -> None:
         self.decision = decision
         reasons = "; ".join(str(refusal) for refusal in decision.refusals)
-        super().__init__(
-            f"attention with precision={precision!r} can't run here: {reasons}. "
-            "Use precision='auto' for the best that can, or allow_emulation=True to compute it slowly."
-        )
+        super().__init__(f"{what} with precision={precision!r} can't run here: {reasons}. {advice}")
 
 
 def decide(call: AttentionCall, kernels: Sequence[Kernel] = KERNELS) -> Decision:

@@ -1,0 +1,11 @@
+"""What fresh processes do with the training kernels."""
+
+import torch
+
+from training_cases import make_tensors, run
+
+
+def call_once(precision, is_causal, head_dim, dtype, device):
+    """Compile the kernels of one kind of call."""
+    run(*make_tensors(1, 2, 1, 150, 150, head_dim, dtype, device), is_causal=is_causal, precision=precision)
+    torch.cuda.synchronize()
