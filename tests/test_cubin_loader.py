@@ -192,7 +192,7 @@ def test_each_device_has_its_own_module_and_threads_share_it(machine):
         thread.join()
     assert len({id(kernel) for kernel in kernels}) == 2
     assert machine.cuda.count("cuModuleLoadData") == 2
-    assert {kernel._context for kernel in kernels} == {1000, 1001}
+    assert {kernel.context for kernel in kernels} == {1000, 1001}
 
 
 @pytest.fixture
@@ -204,14 +204,14 @@ def streams(monkeypatch):
 def test_a_launch_goes_to_torchs_stream_of_the_kernels_device(machine, streams):
     kernel = machine.load(index=1)
     kernel.launch((4, 5, 6), Parameters(1, 2, 3, 0.5))
-    assert machine.cuda.last("cuLaunchKernel")[1:9] == (4, 5, 6, 128, 1, 1, 65536, 71)
+    assert machine.cuda.launched_configs[-1][1:] == (4, 5, 6, 128, 1, 1, 65536, 71)
 
 
 def test_shared_memory_beyond_the_default_is_allowed_first(machine, streams):
     kernel = machine.load()
     assert machine.cuda.last("cuFuncSetAttribute")[1:] == (8, 65536)
     kernel.launch((1, 1, 1), Parameters(), shared_bytes=1024)
-    assert machine.cuda.last("cuLaunchKernel")[7] == 1024
+    assert machine.cuda.launched_configs[-1][7] == 1024
     assert machine.cuda.count("cuFuncSetAttribute") == 1
     kernel.launch((1, 1, 1), Parameters(), shared_bytes=90000)
     kernel.launch((1, 1, 1), Parameters(), shared_bytes=90000)
@@ -227,7 +227,7 @@ def test_a_struct_of_the_wrong_size_never_reaches_the_gpu(machine, streams):
 
     with pytest.raises(TypeError, match="Other has 8 bytes, scaled_copy takes 24"):
         kernel.launch((1, 1, 1), Other())
-    assert machine.cuda.count("cuLaunchKernel") == 0
+    assert machine.cuda.launched_configs == []
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -6,11 +6,16 @@ import threading
 import pytest
 
 from fake_cuda import FakeCuda
-from sage_kernels.driver import Driver, DriverError, KernelLoadError
+from sage_kernels.driver import Driver, DriverError, KernelLoadError, configure_launch
 
 
 class Parameters(ctypes.Structure):
     _fields_ = (("number", ctypes.c_uint32),)
+
+
+def launch(library, parameters, context=1000, count=1):
+    launches = [configure_launch(5, (7, 8, 9), 256, 4096, 77)] * count
+    Driver(library).launch(context, launches, parameters)
 
 
 def test_version_is_that_of_cuda():
@@ -19,30 +24,54 @@ def test_version_is_that_of_cuda():
 
 def test_a_launch_passes_grid_block_memory_stream_and_the_address_of_the_struct():
     library = FakeCuda()
-    Driver(library).launch(1000, 5, (7, 8, 9), 256, 4096, 77, Parameters(42))
-    arguments = library.last("cuLaunchKernel")
-    assert arguments[:9] == (5, 7, 8, 9, 256, 1, 1, 4096, 77)
-    assert arguments[10] is None
+    launch(library, Parameters(42))
+    assert library.launched_configs == [(5, 7, 8, 9, 256, 1, 1, 4096, 77)]
+    assert library.last("cuLaunchKernelEx")[3] is None
     assert library.launched_parameters == [(1000, 42)]
+
+
+def test_launches_in_a_row_take_the_same_parameters():
+    library = FakeCuda()
+    launch(library, Parameters(42), count=3)
+    assert library.launched_parameters == [(1000, 42)] * 3
+    assert library.count("cuCtxPushCurrent_v2") == library.count("cuCtxPopCurrent_v2") == 1
 
 
 def test_a_launch_leaves_the_callers_context_current():
     library = FakeCuda()
     library.contexts.append("the caller's")
-    Driver(library).launch(1001, 5, (1, 1, 1), 32, 0, 0, Parameters(1))
+    library._answers["cuCtxGetCurrent"] = lambda out: setattr(out._obj, "value", 999)
+    launch(library, Parameters(1), context=1001)
     assert library.launched_parameters[0][0] == 1001
     assert library.contexts == ["the caller's"]
+
+
+def test_a_context_that_is_current_already_is_not_pushed():
+    library = FakeCuda()
+    library.contexts.append(1001)
+    launch(library, Parameters(1), context=1001)
+    assert library.launched_parameters[0][0] == 1001
+    assert library.count("cuCtxPushCurrent_v2") == library.count("cuCtxPopCurrent_v2") == 0
+    assert library.contexts == [1001]
+
+
+def test_the_first_launch_that_fails_is_the_last():
+    library = FakeCuda()
+    library.failures["cuLaunchKernelEx"] = 701
+    with pytest.raises(DriverError, match="cuLaunchKernel failed"):
+        launch(library, Parameters(1), count=3)
+    assert library.count("cuLaunchKernelEx") == 1
 
 
 @pytest.mark.parametrize("call", ["cuModuleLoadData", "cuLaunchKernel", "cuFuncSetAttribute"])
 def test_a_failed_call_raises_and_leaves_the_callers_context_current(call):
     library = FakeCuda()
-    library.failures[call] = 701
+    library.failures["cuLaunchKernelEx" if call == "cuLaunchKernel" else call] = 701
     driver = Driver(library)
     with pytest.raises(DriverError, match=rf"{call}.*CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES \(701\): what the driver says"):
         {
             "cuModuleLoadData": lambda: driver.load_function(1000, b"cubin", "entry"),
-            "cuLaunchKernel": lambda: driver.launch(1000, 5, (1, 1, 1), 32, 0, 0, Parameters(1)),
+            "cuLaunchKernel": lambda: launch(library, Parameters(1)),
             "cuFuncSetAttribute": lambda: driver.allow_shared_memory(1000, 5, 99 << 10),
         }[call]()
     assert library.contexts == []
@@ -57,9 +86,9 @@ def test_known_errors_say_what_to_do():
 
 def test_an_error_that_the_driver_has_no_name_for_keeps_its_number():
     library = FakeCuda()
-    library.failures["cuLaunchKernel"] = 12345
+    library.failures["cuLaunchKernelEx"] = 12345
     with pytest.raises(DriverError, match="12345"):
-        Driver(library).launch(1000, 5, (1, 1, 1), 32, 0, 0, Parameters(1))
+        launch(library, Parameters(1))
 
 
 def test_a_driver_without_a_needed_function_is_called_too_old():
@@ -78,13 +107,14 @@ def test_drivers_that_cannot_tell_the_parameter_size_are_fine():
 
 def test_threads_can_launch_at_once():
     library = FakeCuda()
-    driver = Driver(library)
+    library.contexts.append(1000)  # of every thread: the fake has one stack
+    driver, launches = Driver(library), [configure_launch(5, (1, 1, 1), 32, 0, 0)]
 
-    def launch(number):
+    def work(number):
         for _ in range(50):
-            driver.launch(1000, 5, (1, 1, 1), 32, 0, 0, Parameters(number))
+            driver.launch(1000, launches, Parameters(number))
 
-    threads = [threading.Thread(target=launch, args=(number,)) for number in range(4)]
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -108,12 +108,32 @@ def test_a_precision_that_was_asked_for_is_not_second_guessed(table, monkeypatch
 
 def test_sixteen_bit_runs_on_the_backend_that_was_measured_fastest(table, monkeypatch):
     monkeypatch.setattr(sdpa, "device_architecture", lambda device: HOPPER)
-    orders = []
-    monkeypatch.setattr(sdpa, "sdpa_kernel", lambda order, set_priority: orders.append(order) or sdpa._preferring(None))
-    for call in (call_of(4096), call_of(100), call_of(4096, is_causal=True)):
-        sdpa.KERNEL.run(sdpa.KERNEL.prepare(call))
-    assert [order[0] for order in orders] == [SDPBackend.CUDNN_ATTENTION]
-    assert set(orders[0]) == {*sdpa._BACKENDS.values(), SDPBackend.MATH}
+    first = [sdpa.KERNEL.plan(call)._first for call in (call_of(4096), call_of(100), call_of(4096, is_causal=True))]
+    assert first == [SDPBackend.CUDNN_ATTENTION.value, None, None]
+
+
+def test_torchs_order_is_as_before_after_a_preference(table, monkeypatch):
+    monkeypatch.setattr(sdpa, "device_architecture", lambda device: HOPPER)
+    before, orders = torch._C._get_sdp_priority_order(), []
+    attend = sdpa.scaled_dot_product_attention
+
+    def watched(*tensors, **options):
+        orders.append(torch._C._get_sdp_priority_order())
+        return attend(*tensors, **options)
+
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", watched)
+    call = call_of(4096)
+    output, _ = sdpa.KERNEL.run(sdpa.KERNEL.prepare(call))
+    assert orders[0][0] == SDPBackend.CUDNN_ATTENTION.value
+    assert sorted(orders[0]) == sorted(before) == sorted(torch._C._get_sdp_priority_order())
+    assert torch._C._get_sdp_priority_order() == before
+    assert output.shape == call.query.shape
+
+
+def test_what_torch_chooses_by_itself_needs_no_preference(table, monkeypatch):
+    monkeypatch.setattr(sdpa, "device_architecture", lambda device: HOPPER)
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *tensors, **options: SDPBackend.CUDNN_ATTENTION.value)
+    assert sdpa.KERNEL.plan(call_of(4096))._first is None
 
 
 def test_the_shipped_table_names_kernels_that_exist():

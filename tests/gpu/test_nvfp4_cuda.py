@@ -24,7 +24,7 @@ from sage_kernels.formats.nvfp4_tiles import (
     unpack_mean_tiles,
     unpack_query_blocks,
 )
-from sage_kernels.kernels.nvfp4_cuda import NVFP4CudaKernel
+from sage_kernels.kernels.nvfp4_cuda import NVFP4CudaKernel, packed_tensors
 from sage_kernels.recipes import RECIPES
 from sage_kernels.reference import QuantizedOperands, attend, attention_fp32, power_of_two_scale
 from sage_kernels.score_mask import ScoreMask
@@ -115,7 +115,7 @@ def pad_groups(x):
 
 def unpacked(state, call):
     """The kernel's own operands, as the reference takes them."""
-    packed, dim = state.operands.tensors(), call.head_dim
+    packed, dim = packed_tensors(state), call.head_dim
     rows, keys = call.query_length, call.key_length
     blocks = packed.queries.flatten(2, 3)
     query = dequantize_nvfp4(unpack_query_blocks(blocks, rows, dim))[..., :dim]
@@ -132,7 +132,7 @@ def unpacked(state, call):
         value.transpose(-1, -2) * packed.value_factors[..., None, None],
         means * query_factors,
         (key + residual) * key_factors,
-        state.operands.lse_shifts,
+        packed.lse_shifts,
         packed.value_means[:, :, None, :dim],
     )
 
@@ -279,7 +279,7 @@ def sequential_means(x, rows):
 def test_packed_operands_are_bit_for_bit_those_of_the_formats(kernel, rows, keys, head_dim, dtype):
     q, k, v = make_qkv(2, 4, 2, rows, keys, head_dim, dtype)
     lengths = torch.tensor([keys, max(1, keys // 2)], dtype=torch.int32, device="cuda")
-    packed = kernel.prepare(call_of(q, k, v, key_lengths=lengths)).operands.tensors()
+    packed = packed_tensors(kernel.prepare(call_of(q, k, v, key_lengths=lengths)))
     q, k, v = q.float(), k.float(), v.float()
     valid = (torch.arange(keys, device="cuda") < lengths[:, None])[:, None, :, None]
 

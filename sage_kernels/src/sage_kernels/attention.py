@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage_kernels.attention_call import AttentionCall, PreparedAttention, make_call
-from sage_kernels.dispatch import Decision, UnsupportedAttention, decide
+from sage_kernels.attention_call import PreparedAttention, make_call
+from sage_kernels.dispatch import Decision
 from sage_kernels.kernels import find_kernel
+from sage_kernels.planned_attention import decide_attention, plan_attention
 
 
 def attention(
@@ -54,7 +55,7 @@ def attention(
     if torch.compiler.is_compiling() and not _wants_gradient(q, k, v):
         output, lse = torch.ops.sage_kernels.attention(q, k, v, *options)
         return (output, lse) if return_lse else output
-    return run(_prepare(make_call(q, k, v, *options)))
+    return _attend(q, k, v, *options)
 
 
 def explain(
@@ -77,22 +78,8 @@ def explain(
     Raises:
         TypeError, ValueError: bad arguments, as attention().
     """
-    return decide(
-        make_call(
-            q,
-            k,
-            v,
-            attn_mask,
-            is_causal,
-            scale,
-            enable_gqa,
-            key_lengths,
-            layout,
-            precision,
-            return_lse,
-            allow_emulation,
-        )
-    )
+    options = (attn_mask, is_causal, scale, enable_gqa, key_lengths, layout, precision, return_lse, allow_emulation)
+    return decide_attention(q, k, v, *options)
 
 
 def prepare(
@@ -117,38 +104,28 @@ def prepare(
     Raises:
         TypeError, ValueError, UnsupportedAttention: as attention().
     """
-    return _prepare(
-        make_call(
-            q,
-            k,
-            v,
-            attn_mask,
-            is_causal,
-            scale,
-            enable_gqa,
-            key_lengths,
-            layout,
-            precision,
-            return_lse,
-            allow_emulation,
-        )
-    )
+    options = (attn_mask, is_causal, scale, enable_gqa, key_lengths, layout, precision, return_lse, allow_emulation)
+    planned = plan_attention(q, k, v, *options)
+    return PreparedAttention(planned.kernel, planned.layout, planned.plan.prepare(q, k, v, attn_mask, key_lengths))
 
 
 def run(prepared: PreparedAttention) -> Tensor | tuple[Tensor, Tensor]:
     """Second half of attention(): compute. Returns what attention() returns."""
-    output, lse = find_kernel(prepared.kernel).run(prepared.state)
-    if prepared.layout == "BNHD":
+    return _in_layout(prepared.layout, *find_kernel(prepared.kernel).run(prepared.state))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    attn_mask, _, _, _, key_lengths, *_ = options
+    planned = plan_attention(q, k, v, *options)
+    plan = planned.plan
+    return _in_layout(planned.layout, *plan.run(plan.prepare(q, k, v, attn_mask, key_lengths)))
+
+
+def _in_layout(layout: str, output: Tensor, lse: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    """What the caller gets of output [B, H, N, D] and LSE."""
+    if layout == "BNHD":
         output = output.transpose(1, 2)
     return output if lse is None else (output, lse)
-
-
-def _prepare(call: AttentionCall) -> PreparedAttention:
-    decision = decide(call)
-    if decision.kernel is None:
-        raise UnsupportedAttention(decision, call.precision)
-    kernel = find_kernel(decision.kernel)
-    return PreparedAttention(kernel.name, call.layout, kernel.prepare(call))
 
 
 def _wants_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -164,7 +141,7 @@ _SCHEMA = (
 @torch.library.custom_op("sage_kernels::attention", mutates_args=(), schema=_SCHEMA)
 def _attention_op(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """attention() as one opaque node of a compiled graph; the second result is empty without return_lse."""
-    result = run(_prepare(make_call(q, k, v, *options)))
+    result = _attend(q, k, v, *options)
     output, lse = result if isinstance(result, tuple) else (result, q.new_empty(0, dtype=torch.float32))
     return output.contiguous(), lse
 

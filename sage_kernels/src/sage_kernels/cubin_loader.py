@@ -13,7 +13,14 @@ import torch
 from sage_kernels.architectures import device_architecture
 from sage_kernels.cubin_cache import CubinCache, cache_folder
 from sage_kernels.cubin_manifest import Cubin, CubinManifest
-from sage_kernels.driver import Driver, DriverError, KernelLoadError, cuda_driver
+from sage_kernels.driver import (
+    ConfiguredLaunch,
+    Driver,
+    DriverError,
+    KernelLoadError,
+    configure_launch,
+    cuda_driver,
+)
 from sage_kernels.kernel_sources import build_key, collect_sources, source_folder, source_hashes
 from sage_kernels.kernel_variants import KernelVariant
 from sage_kernels.nvrtc import Nvrtc, find_nvrtc
@@ -31,9 +38,9 @@ class LoadedKernel:
     def __init__(self, driver: Driver, variant: KernelVariant, index: int, cubin: bytes) -> None:
         self.variant = variant
         self.device_index = index
-        self._driver = driver
-        self._context = driver.primary_context(index)
-        self._function = driver.load_function(self._context, cubin, variant.entry)
+        self.driver = driver
+        self.context = driver.primary_context(index)
+        self._function = driver.load_function(self.context, cubin, variant.entry)
         self._parameter_bytes = driver.parameter_bytes(self._function)
         self._allowed_shared_bytes = _DEFAULT_SHARED_BYTES
         self._allow_shared_memory(variant.shared_bytes)
@@ -50,23 +57,40 @@ class LoadedKernel:
             TypeError: `parameters` has another size than the kernel's parameter.
             DriverError: the launch failed.
         """
-        if self._parameter_bytes is not None and ctypes.sizeof(parameters) != self._parameter_bytes:
-            raise TypeError(
-                f"{type(parameters).__name__} has {ctypes.sizeof(parameters)} bytes, "
-                f"{self.variant.entry} takes {self._parameter_bytes}"
-            )
+        self.check_parameters(type(parameters))
+        launch = self.configure(grid, current_stream(self.device_index), shared_bytes)
+        self.driver.launch(self.context, (launch,), parameters)
+
+    def configure(self, grid: tuple[int, int, int], stream: int, shared_bytes: int | None = None) -> ConfiguredLaunch:
+        """A launch that is complete but for its parameters; arguments as of launch(), `stream` as the driver has it."""
         if shared_bytes is None:
             shared_bytes = self.variant.shared_bytes
         elif shared_bytes > self._allowed_shared_bytes:
             self._allow_shared_memory(shared_bytes)
-        # The public torch.cuda.current_stream() makes a Python object for each call.
-        stream = torch._C._cuda_getCurrentRawStream(self.device_index)
-        self._driver.launch(self._context, self._function, grid, self.variant.threads, shared_bytes, stream, parameters)
+        return configure_launch(self._function, grid, self.variant.threads, shared_bytes, stream)
+
+    def check_parameters(self, parameters: type[ctypes.Structure]) -> None:
+        """Refuse a struct of another size than the kernel's parameter.
+
+        Raises:
+            TypeError: it has another size.
+        """
+        if self._parameter_bytes is not None and ctypes.sizeof(parameters) != self._parameter_bytes:
+            raise TypeError(
+                f"{parameters.__name__} has {ctypes.sizeof(parameters)} bytes, "
+                f"{self.variant.entry} takes {self._parameter_bytes}"
+            )
 
     def _allow_shared_memory(self, size: int) -> None:
         if size > self._allowed_shared_bytes:
-            self._driver.allow_shared_memory(self._context, self._function, size)
+            self.driver.allow_shared_memory(self.context, self._function, size)
             self._allowed_shared_bytes = size
+
+
+def current_stream(index: int) -> int:
+    """torch's current stream of a device, as the driver has it."""
+    # The public torch.cuda.current_stream() makes a Python object for each call.
+    return int(torch._C._cuda_getCurrentRawStream(index))
 
 
 class KernelLoader:

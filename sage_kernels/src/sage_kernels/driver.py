@@ -2,7 +2,9 @@
 
 import ctypes
 import sys
+from collections.abc import Iterable
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -17,12 +19,13 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuGetErrorString": (c_int, POINTER(c_char_p)),
     "cuDeviceGet": (POINTER(c_int), c_int),
     "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
+    "cuCtxGetCurrent": (POINTER(c_void_p),),
     "cuCtxPushCurrent_v2": (c_void_p,),
     "cuCtxPopCurrent_v2": (POINTER(c_void_p),),
     "cuModuleLoadData": (POINTER(c_void_p), c_char_p),
     "cuModuleGetFunction": (POINTER(c_void_p), c_void_p, c_char_p),
     "cuFuncSetAttribute": (c_void_p, c_int, c_int),
-    "cuLaunchKernel": (c_void_p, *(c_uint,) * 7, c_void_p, c_void_p, c_void_p),
+    "cuLaunchKernelEx": (c_void_p, c_void_p, c_void_p, c_void_p),
 }
 _ADVICE = {
     100: "no CUDA GPU is visible; check that the GPU shows up in nvidia-smi",
@@ -40,6 +43,40 @@ class KernelLoadError(RuntimeError):
 
 class DriverError(RuntimeError):
     """A call of the CUDA driver failed."""
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig: what cuLaunchKernelEx takes in one struct, which is cheaper to pass than eight arguments."""
+
+    _fields_ = (
+        ("grid", c_uint * 3),
+        ("block", c_uint * 3),
+        ("shared_bytes", c_uint),
+        ("stream", c_void_p),
+        ("attributes", c_void_p),
+        ("attribute_count", c_uint),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class ConfiguredLaunch:
+    """A launch without its parameters, as the driver takes it; threads may share it, nothing changes it.
+
+    Attributes:
+        function: the kernel.
+        config: a reference to a LaunchConfig.
+    """
+
+    function: c_void_p
+    config: Any
+
+
+def configure_launch(
+    function: int, grid: tuple[int, int, int], threads: int, shared_bytes: int, stream: int
+) -> ConfiguredLaunch:
+    """Grid in blocks, `threads` in each, dynamic shared memory in bytes."""
+    config = LaunchConfig(grid, (threads, 1, 1), shared_bytes, stream, None, 0)
+    return ConfiguredLaunch(c_void_p(function), byref(config))
 
 
 class Driver:
@@ -61,11 +98,8 @@ class Driver:
             function.argtypes = argument_types
             function.restype = c_int
         self._library = library
-        self._push, self._pop, self._launch = (
-            library.cuCtxPushCurrent_v2,
-            library.cuCtxPopCurrent_v2,
-            library.cuLaunchKernel,
-        )
+        self._get_context, self._launch = library.cuCtxGetCurrent, library.cuLaunchKernelEx
+        self._push, self._pop = library.cuCtxPushCurrent_v2, library.cuCtxPopCurrent_v2
         self._check("cuInit", library.cuInit(0))
 
     def version(self) -> tuple[int, int]:
@@ -117,34 +151,29 @@ class Driver:
     def launch(
         self,
         context: int,
-        function: int,
-        grid: tuple[int, int, int],
-        threads: int,
-        shared_bytes: int,
-        stream: int,
-        parameters: ctypes.Structure,
+        launches: Iterable[ConfiguredLaunch],
+        parameters: "ctypes.Structure | ctypes.Array[Any]",
     ) -> None:
-        """Launch with one struct as the only parameter, whatever context the calling thread has current.
+        """Launch in a row, with one struct as the only parameter, whatever context the calling thread has current.
 
         A thread that has not used CUDA yet has none, and the caller's device may be another one.
         """
-        result = self._push(context)
+        current = c_void_p()
+        result = self._get_context(byref(current))
         if result:
-            self._check("cuCtxPushCurrent", result)
+            self._check("cuCtxGetCurrent", result)
+        is_current = current.value == context
+        if not is_current:
+            self._check("cuCtxPushCurrent", self._push(context))
         try:
-            result = self._launch(
-                function,
-                *grid,
-                threads,
-                1,
-                1,
-                shared_bytes,
-                stream,
-                _PARAMETER_ARRAY(ctypes.addressof(parameters)),
-                None,
-            )
+            arguments = _PARAMETER_ARRAY(ctypes.addressof(parameters))
+            for launch in launches:
+                result = self._launch(launch.config, launch.function, arguments, None)
+                if result:
+                    break
         finally:
-            self._pop(byref(c_void_p()))
+            if not is_current:
+                self._pop(byref(c_void_p()))
         if result:
             self._check("cuLaunchKernel", result)
 

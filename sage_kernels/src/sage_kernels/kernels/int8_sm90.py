@@ -13,7 +13,17 @@ from sage_kernels.attention_call import AttentionCall
 from sage_kernels.cubin_loader import LoadedKernel, load_kernel
 from sage_kernels.int8_sm90_forms import FORMS, Int8Sm90Form
 from sage_kernels.kernel_variants import int8_sm90_attention_variant, int8_sm90_quantize_variant
-from sage_kernels.kernels.tensor_layout import empty_output, has_aligned_rows, pointer
+from sage_kernels.kernels.tensor_layout import has_aligned_rows
+from sage_kernels.launch_plan import (
+    LaunchPlan,
+    LaunchSequence,
+    OutputForm,
+    ParameterTemplate,
+    PreparedLaunch,
+    WorkspaceLayout,
+    copied_strides,
+    planned,
+)
 from sage_kernels.precision import Precision
 from sage_kernels.recipes import RECIPES, Recipe
 
@@ -21,7 +31,6 @@ _TARGET = "sm_90a"
 _HEAD_DIM_STEP = 8  # channels that a thread loads at once
 _CLUSTER = 8  # thread blocks that gather the statistics of one head, as in int8_sm90_quantize.cu
 _UNIT_ROWS = 64  # query rows of a warpgroup
-_ALIGNMENT = 256
 _MAX_GRID = 2**31 - 1
 
 
@@ -39,21 +48,6 @@ class _Parameters(ctypes.Structure):
         ("even_shares", ctypes.c_int32),
         ("softmax_scale", ctypes.c_float),
     )
-
-
-@dataclass(frozen=True, eq=False)
-class _State:
-    """A call without its floating-point operands; `parameters` points into `memory` and at `key_lengths`."""
-
-    parameters: _Parameters
-    memory: Tensor
-    key_lengths: Tensor | None
-    kernel: LoadedKernel | None
-    form: Int8Sm90Form
-    shape: tuple[int, int, int, int]
-    layout: str
-    dtype: torch.dtype
-    return_lse: bool
 
 
 @dataclass(frozen=True)
@@ -99,114 +93,90 @@ class Int8Sm90Kernel:
             linear_exp_of_8=form.line,
         )
 
-    def prepare(self, call: AttentionCall) -> _State:
-        """Smooth and quantise in two launches; rows that 16-byte loads can't read are copied first."""
-        form = self._form(call.head_dim)
-        query, key, value = (_loadable(x) for x in (call.query, call.key, call.value))
+    def plan(self, call: AttentionCall) -> LaunchPlan:
+        """Smooth and quantise in two launches, attend in one; rows that 16-byte loads can't read are copied first."""
+        form, output = self._form(call.head_dim), OutputForm.of(call)
         batch, heads, kv_heads, rows = call.batch, call.heads, call.kv_heads, call.query_length
         query_rows, key_blocks = -(-rows // form.rows) * form.rows, -(-call.key_length // form.keys)
-        query_tokens, kv_tokens = batch * heads * query_rows, batch * kv_heads * key_blocks * form.keys
-        per_channel = 4 * batch * kv_heads * form.head_dim
-        memory, addresses = _allocate(
-            call.device,
-            query_tokens * form.head_dim,
-            kv_tokens * form.head_dim,
-            kv_tokens * form.head_dim,
-            4 * query_tokens,
-            4 * batch * kv_heads * key_blocks,
-            *(per_channel,) * 4,
-            4 * query_tokens if call.return_lse else 0,
-        )
-        if not call.return_lse:
-            addresses[-1] = 0
-        is_bfloat16 = query.dtype == torch.bfloat16
+        workspace = _workspace(call, form, query_rows, key_blocks)
+        if batch * heads * rows == 0:
+            return LaunchPlan(output, workspace, None, None)
+        operands = {"query": call.query, "key": call.key, "value": call.value}
+        copied = {name: x.dtype == torch.float32 or not has_aligned_rows(x) for name, x in operands.items()}
+        strides = {
+            f"{name}_strides": (copied_strides(x) if copied[name] else x.stride())[:3] for name, x in operands.items()
+        }
+        is_bfloat16 = output.kernel_dtype == torch.bfloat16
         parameters = _Parameters(
-            query.data_ptr(),
-            key.data_ptr(),
-            value.data_ptr(),
-            pointer(call.key_lengths),
-            *addresses,
-            0,
-            0,
-            query.stride()[:3],
-            key.stride()[:3],
-            value.stride()[:3],
-            (0, 0, 0),
-            batch,
-            heads,
-            kv_heads,
-            rows,
-            call.key_length,
-            call.head_dim,
-            query_rows,
-            key_blocks,
-            call.is_causal,
-            is_bfloat16,
-            0,
-            call.scale,
+            **strides,
+            output_strides=output.strides,
+            batch=batch,
+            heads=heads,
+            kv_heads=kv_heads,
+            query_length=rows,
+            key_length=call.key_length,
+            head_dim=call.head_dim,
+            query_rows=query_rows,
+            key_blocks=key_blocks,
+            is_causal=call.is_causal,
+            is_bfloat16=is_bfloat16,
+            softmax_scale=call.scale,
         )
-        attention = None
-        if query_tokens:
-            statistics, quantize, attention = _load(form, is_bfloat16, call.device)
-            query_blocks = batch * heads * -(-query_rows // form.keys)
-            first, second = _CLUSTER * batch * kv_heads, 2 * batch * kv_heads * key_blocks
-            if call.return_lse:
-                second += query_blocks
-            else:
-                first += -(-query_blocks // _CLUSTER) * _CLUSTER
-            statistics.launch((first, 1, 1), parameters)
-            quantize.launch((second, 1, 1), parameters)
-        return _State(
-            parameters,
-            memory,
-            call.key_lengths,
-            attention,
-            form,
-            (batch, heads, rows, call.head_dim),
-            call.layout,
-            call.query.dtype,
-            call.return_lse,
+        statistics, quantize, attention = _load(form, is_bfloat16, call.device)
+        query_blocks = batch * heads * -(-query_rows // form.keys)
+        first, second = _CLUSTER * batch * kv_heads, 2 * batch * kv_heads * key_blocks
+        if call.return_lse:
+            second += query_blocks
+        else:
+            first += -(-query_blocks // _CLUSTER) * _CLUSTER
+        offsets = workspace.offsets()
+        prepare = LaunchSequence(
+            ((statistics, first), (quantize, second)),
+            ParameterTemplate(parameters, offsets, ("query", "key", "value", "key_lengths", None)),
         )
+        processors = _multiprocessors(attention.device_index)
+        blocks = batch * heads * -(-rows // form.rows)
+        if not call.is_causal and blocks <= self.even_share_turns * processors:
+            parameters.even_shares = 1
+            blocks = batch * heads * -(-rows // _UNIT_ROWS)
+        run = LaunchSequence(
+            ((attention, min(blocks, processors)),),
+            ParameterTemplate(parameters, offsets, ("output", "lse", "key_lengths", None)),
+        )
+        return LaunchPlan(output, workspace, prepare, run, (copied["query"], copied["key"], copied["value"]))
+
+    def prepare(self, call: AttentionCall) -> PreparedLaunch:
+        """The plan's first half."""
+        return planned(self, call).prepare_call(call)
 
     def run(self, state: Any) -> tuple[Tensor, Tensor | None]:
-        """One launch on the codes."""
-        device, shape = state.memory.device, state.shape
-        dtype = torch.bfloat16 if state.dtype == torch.float32 else state.dtype
-        output = empty_output(shape, state.layout, dtype, device)
-        lse = torch.empty(shape[:3], dtype=torch.float32, device=device) if state.return_lse else None
-        if state.kernel is None:
-            return output.to(state.dtype), lse
-        parameters = _Parameters.from_buffer_copy(state.parameters)
-        parameters.output = output.data_ptr()
-        parameters.lse = pointer(lse)
-        parameters.output_strides = output.stride()[:3]
-        processors = _multiprocessors(state.kernel.device_index)
-        blocks = shape[0] * shape[1] * -(-shape[2] // state.form.rows)
-        if not parameters.is_causal and blocks <= self.even_share_turns * processors:
-            parameters.even_shares = 1
-            blocks = shape[0] * shape[1] * -(-shape[2] // _UNIT_ROWS)
-        state.kernel.launch((min(blocks, processors), 1, 1), parameters)
-        return output.to(state.dtype), lse
+        """The plan's second half."""
+        prepared: PreparedLaunch = state
+        return prepared.plan.run(prepared)
 
     def _form(self, head_dim: int) -> Int8Sm90Form:
         return next(form for form in self.forms if head_dim <= form.head_dim)
 
 
-def _loadable(x: Tensor) -> Tensor:
-    if x.dtype == torch.float32:
-        x = x.bfloat16()
-    return x if has_aligned_rows(x) else x.clone(memory_format=torch.contiguous_format)
-
-
-def _allocate(device: torch.device, *sizes: int) -> tuple[Tensor, list[int]]:
-    """One allocation for buffers of `sizes` bytes, and their addresses."""
-    offsets, end = [], 0
-    for size in sizes:
-        offsets.append(end)
-        end += -(-size // _ALIGNMENT) * _ALIGNMENT
-    memory = torch.empty(end, dtype=torch.uint8, device=device)
-    start = memory.data_ptr()
-    return memory, [start + offset for offset in offsets]
+def _workspace(call: AttentionCall, form: Int8Sm90Form, query_rows: int, key_blocks: int) -> WorkspaceLayout:
+    """What preparation hands to the attention, named as the fields of the parameters."""
+    query, kv_heads = (call.batch, call.heads, query_rows), (call.batch, call.kv_heads)
+    codes = (*kv_heads, key_blocks, form.keys, form.head_dim)
+    channels = ((*kv_heads, form.head_dim), torch.float32)
+    return WorkspaceLayout(
+        {
+            "query_codes": ((*query, form.head_dim), torch.int8),
+            "key_codes": (codes, torch.int8),
+            "value_codes": (codes, torch.int8),
+            "query_scale": (query, torch.float32),
+            "key_scale": ((*kv_heads, key_blocks), torch.float32),
+            "key_mean": channels,
+            "value_scale": channels,
+            "value_mean": channels,
+            "value_error": channels,
+            "lse_shift": (query, torch.float32) if call.return_lse else None,
+        }
+    )
 
 
 @lru_cache

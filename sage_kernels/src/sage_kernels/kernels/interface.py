@@ -1,12 +1,22 @@
 """What a kernel file provides."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from sage_kernels.architectures import Architecture
 from sage_kernels.attention_call import AttentionCall
 from sage_kernels.precision import Precision
+
+
+class Plan(Protocol):
+    """How calls that differ only in their tensors' contents are computed. Holds no tensors."""
+
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, key_lengths: Tensor | None) -> Any:
+        """As Kernel.prepare(), of the tensors that attention() was given; q, k and v in the caller's layout."""
+
+    def run(self, state: Any) -> tuple[Tensor, Tensor | None]:
+        """As Kernel.run()."""
 
 
 class Kernel(Protocol):
@@ -35,3 +45,11 @@ class Kernel(Protocol):
 
     def run(self, state: Any) -> tuple[Tensor, Tensor | None]:
         """Output [B, H, Nq, D] in the query's dtype, and LSE float32 [B, H, Nq] where the call wants it."""
+
+
+@runtime_checkable
+class PlanningKernel(Kernel, Protocol):
+    """A kernel that works out once what all calls of one form share."""
+
+    def plan(self, call: AttentionCall) -> Plan:
+        """The plan of all calls of `call`'s form; it keeps none of its tensors."""

@@ -1,10 +1,8 @@
 """FP4 attention in CUDA for sm_120a and sm_121a: csrc/nvfp4_prepare.cu and csrc/nvfp4_attention.cu."""
 
 import ctypes
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,6 +22,17 @@ from sage_kernels.formats.nvfp4_tiles import (
     value_dim,
 )
 from sage_kernels.kernel_variants import nvfp4_attention_variant, nvfp4_prepare_variant
+from sage_kernels.kernels.tensor_layout import has_aligned_rows
+from sage_kernels.launch_plan import (
+    LaunchPlan,
+    LaunchSequence,
+    OutputForm,
+    ParameterTemplate,
+    PreparedLaunch,
+    WorkspaceLayout,
+    copied_strides,
+    planned,
+)
 from sage_kernels.precision import Precision
 
 _QUERY_TILE = QUERY_BLOCK * MEANS_PER_TILE
@@ -33,7 +42,6 @@ _CHUNK_TOKENS = 256  # fewer would leave the blocks that collect statistics too 
 _STATISTICS_BLOCKS = 1024  # enough to fill any GPU
 _MAX_CHUNKS = 64
 _LOG2_E = 1.4426950408889634
-_ALIGNMENT = 64  # words
 _MASK_KINDS = {torch.bool: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 _MAX_GRID = 2**31 - 1
 
@@ -80,7 +88,7 @@ class _AttentionParameters(ctypes.Structure):
 
 @dataclass(frozen=True, eq=False)
 class PackedTensors:
-    """Views of `PackedOperands`; layouts in formats/nvfp4_tiles.py. Float tensors are float32.
+    """What preparation leaves in the workspace; layouts in formats/nvfp4_tiles.py. Float tensors are float32.
 
     Attributes:
         queries: int32 [B, H, query tiles, 8, words], one image for 32 rows.
@@ -89,6 +97,7 @@ class PackedTensors:
         query_factors: [B, H, query tiles, 8], what one unit of the packed Q is worth.
         key_factors, value_factors: [B, Hkv].
         key_means, value_means: [B, Hkv, D padded].
+        lse_shifts: [B, H, Nq], q . mean(k), where LSE is wanted.
     """
 
     queries: Tensor
@@ -99,80 +108,15 @@ class PackedTensors:
     value_factors: Tensor
     key_means: Tensor
     value_means: Tensor
+    lse_shifts: Tensor | None
 
 
-class PackedOperands:
-    """Q, K and V in NVFP4, and what restores them, in one allocation; kernels take addresses, which cost no host time.
-
-    Attributes:
-        query_tiles, key_tiles: of 256 rows and of 64 keys.
-        queries ... value_means: addresses of what `PackedTensors` describes.
-        lse_shifts: float32 [B, H, Nq], q . mean(k), or None.
-        tile_seen: uint8 [mask B, mask H, query tiles, key tiles], whether a mask leaves anything to see, or None.
-    """
-
-    def __init__(self, call: AttentionCall, mask: Tensor | None) -> None:
-        device, columns = call.device, value_dim(call.head_dim)
-        self.query_tiles = query_tiles = -(-call.query_length // _QUERY_TILE)
-        self.key_tiles = key_tiles = -(-call.key_length // KEY_TILE)
-        rows, kv_heads = (call.batch, call.heads, query_tiles), (call.batch, call.kv_heads)
-        self._shapes = (
-            (*rows, MEANS_PER_TILE, query_block_words(call.head_dim)),
-            (*rows, mean_tile_words(call.head_dim)),
-            (*kv_heads, key_tiles, key_value_tile_words(call.head_dim)),
-            (*rows, MEANS_PER_TILE),
-            kv_heads,
-            kv_heads,
-            (*kv_heads, columns),
-            (*kv_heads, columns),
-        )
-        ends = list(accumulate(-(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT for shape in self._shapes))
-        self._starts = (0, *ends[:-1])
-        self._memory = torch.empty(ends[-1], dtype=torch.int32, device=device)
-        self.lse_shifts = self.tile_seen = None
-        if call.return_lse:
-            shape = (call.batch, call.heads, call.query_length)
-            self.lse_shifts = torch.empty(shape, dtype=torch.float32, device=device)
-        if mask is not None:
-            self.tile_seen = torch.empty((*mask.shape[:2], query_tiles, key_tiles), dtype=torch.uint8, device=device)
-        base = self._memory.data_ptr()
-        (
-            self.queries,
-            self.means,
-            self.keys_values,
-            self.query_factors,
-            self.key_factors,
-            self.value_factors,
-            self.key_means,
-            self.value_means,
-        ) = (base + 4 * start for start in self._starts)
-
-    def tensors(self) -> PackedTensors:
-        """The operands as tensors."""
-        dtypes = (torch.int32,) * 3 + (torch.float32,) * 5
-        return PackedTensors(
-            *(
-                self._memory[start : start + math.prod(shape)].view(dtype).view(shape)
-                for start, shape, dtype in zip(self._starts, self._shapes, dtypes, strict=True)
-            )
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _State:
-    operands: PackedOperands
-    mask: Tensor | None
-    mask_strides: tuple[int, int, int, int]
-    key_lengths: Tensor | None
-    key_length: int
-    shape: tuple[int, int, int, int]
-    kv_heads: int
-    device: torch.device
-    is_causal: bool
-    scale: float
-    layout: str
-    dtype: torch.dtype
-    return_lse: bool
+def packed_tensors(state: PreparedLaunch) -> PackedTensors:
+    """The operands of a prepared call, for tests and tools."""
+    assert state.workspace is not None
+    layout = state.plan.workspace
+    views: dict[str, Any] = {field.name: layout.view(state.workspace, field.name) for field in fields(PackedTensors)}
+    return PackedTensors(**views)
 
 
 @dataclass(frozen=True)
@@ -200,180 +144,158 @@ class NVFP4CudaKernel:
             return f"{blocks} rows in all are more than its grid can count ({_MAX_GRID})"
         return None if architecture is None else _obstacle(value_dim(call.head_dim), architecture.target)
 
-    def prepare(self, call: AttentionCall) -> _State:
-        """Smooth and quantise in two launches; float32 inputs are rounded to bfloat16 first."""
-        query, key, value = call.query, call.key, call.value
-        if query.dtype == torch.float32:
-            query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
-        mask, mask_strides = _broadcast_mask(call)
-        return _State(
-            self._pack(call, query, key, value, mask, mask_strides),
-            mask,
-            mask_strides,
-            call.key_lengths,
-            call.key_length,
-            (call.batch, call.heads, call.query_length, call.head_dim),
-            call.kv_heads,
-            call.device,
-            call.is_causal,
-            call.scale,
-            call.layout,
-            call.query.dtype,
-            call.return_lse,
+    def plan(self, call: AttentionCall) -> LaunchPlan:
+        """Smooth and quantise in two launches, attend in one; float32 inputs are rounded to bfloat16 first."""
+        output, device = OutputForm.of(call), call.device
+        batch, heads, kv_heads, columns = call.batch, call.heads, call.kv_heads, value_dim(call.head_dim)
+        query_tiles, key_tiles = -(-call.query_length // _QUERY_TILE), -(-call.key_length // KEY_TILE)
+        chunks = _chunks(call)
+        workspace = _workspace(call, query_tiles, key_tiles, chunks)
+        if batch * heads * query_tiles == 0:
+            return LaunchPlan(output, workspace, None, None)
+        copied = call.query.dtype == torch.float32
+        mask_shape, mask_strides = _broadcast_mask(call)
+        has_mask = call.attn_mask is not None
+        prepare_parameters = _PrepareParameters(
+            mask_strides=mask_strides,
+            batch=batch,
+            heads=heads,
+            kv_heads=kv_heads,
+            query_length=call.query_length,
+            key_length=call.key_length,
+            head_dim=call.head_dim,
+            query_tiles=query_tiles,
+            key_tiles=key_tiles,
+            chunks=chunks,
+            chunk_tokens=-(-call.key_length // chunks),
+            is_bf16=output.kernel_dtype == torch.bfloat16,
+            mask_kind=_mask_kind(call),
+            mask_batch=mask_shape[0],
+            mask_heads=mask_shape[1],
+            vectors=all(_has_vectors(x, copied) for x in (call.query, call.key, call.value)),
+            query_sign=-1.0 if call.scale < 0 else 1.0,
+            **{
+                name: _Operand(0, copied_strides(x) if copied else x.stride())
+                for name, x in (("query", call.query), ("key", call.key), ("value", call.value))
+            },
         )
+        attention_parameters = _AttentionParameters(
+            output_strides=output.strides,
+            mask_strides=mask_strides,
+            tile_seen_strides=_tile_seen_strides(mask_shape, query_tiles * key_tiles),
+            batch=batch,
+            heads=heads,
+            kv_heads=kv_heads,
+            query_length=call.query_length,
+            key_length=call.key_length,
+            head_dim=call.head_dim,
+            query_tiles=query_tiles,
+            key_tiles=key_tiles,
+            causal=call.is_causal,
+            output_is_bf16=output.kernel_dtype == torch.bfloat16,
+            mask_kind=_mask_kind(call),
+            scale_log2e=abs(call.scale) * _LOG2_E,
+            scale=call.scale,
+        )
+        second_blocks = batch * kv_heads * -(-key_tiles // _TILES_PER_BLOCK)
+        if call.return_lse:
+            second_blocks += batch * heads * -(-call.query_length // _SHIFT_ROWS)
+        if has_mask:
+            second_blocks += mask_shape[0] * mask_shape[1] * query_tiles * key_tiles
+        first, second, attention = (
+            load_kernel(variant, device, self.emulate_instructions)
+            for variant in (
+                nvfp4_prepare_variant("nvfp4_prepare_queries", columns),
+                nvfp4_prepare_variant("nvfp4_prepare_keys_values", columns),
+                nvfp4_attention_variant(columns, has_mask),
+            )
+        )
+        offsets = workspace.offsets()
+        prepare = LaunchSequence(
+            (
+                (first, batch * kv_heads * chunks * 2 + batch * heads * query_tiles),
+                (second, second_blocks),
+            ),
+            ParameterTemplate(prepare_parameters, offsets, ("query", "key", "value", "key_lengths", "mask")),
+        )
+        attended = {name: offset for name, offset in offsets.items() if hasattr(_AttentionParameters, name)}
+        run = LaunchSequence(
+            ((attention, min(batch * heads * query_tiles, _multiprocessors(attention.device_index))),),
+            ParameterTemplate(attention_parameters, attended, ("output", "lse", "key_lengths", "mask")),
+        )
+        return LaunchPlan(output, workspace, prepare, run, (copied,) * 3)
+
+    def prepare(self, call: AttentionCall) -> PreparedLaunch:
+        """The plan's first half."""
+        return planned(self, call).prepare_call(call)
 
     def run(self, state: Any) -> tuple[Tensor, Tensor | None]:
-        """One launch on the packed operands."""
-        packed: PackedOperands = state.operands
-        batch, heads, rows, head_dim = state.shape
-        device = state.device
-        dtype = torch.bfloat16 if state.dtype == torch.float32 else state.dtype
-        output = _empty_output(state.shape, state.layout, dtype, device)
-        lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=device) if state.return_lse else None
-        if output.numel() == 0:
-            return output.to(state.dtype), lse
-        query_tiles, key_tiles = packed.query_tiles, packed.key_tiles
-        seen = packed.tile_seen
-        parameters = _AttentionParameters(
-            packed.queries,
-            packed.means,
-            packed.keys_values,
-            packed.query_factors,
-            packed.key_factors,
-            packed.value_factors,
-            packed.value_means,
-            _pointer(packed.lse_shifts),
-            _pointer(state.key_lengths),
-            _pointer(state.mask),
-            _pointer(seen),
-            output.data_ptr(),
-            _pointer(lse),
-            output.stride()[:3],
-            state.mask_strides,
-            (0, 0)
-            if seen is None
-            else tuple(s if n > 1 else 0 for s, n in zip(seen.stride(), seen.shape[:2], strict=False)),
-            batch,
-            heads,
-            state.kv_heads,
-            rows,
-            state.key_length,
-            head_dim,
-            query_tiles,
-            key_tiles,
-            state.is_causal,
-            dtype == torch.bfloat16,
-            0 if state.mask is None else _MASK_KINDS[state.mask.dtype],
-            abs(state.scale) * _LOG2_E,
-            state.scale,
-        )
-        kernel = load_kernel(
-            nvfp4_attention_variant(value_dim(head_dim), state.mask is not None), device, self.emulate_instructions
-        )
-        kernel.launch((min(batch * heads * query_tiles, _multiprocessors(kernel.device_index)), 1, 1), parameters)
-        return output.to(state.dtype), lse
-
-    def _pack(
-        self,
-        call: AttentionCall,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        mask_strides: tuple[int, int, int, int],
-    ) -> PackedOperands:
-        device, batch, heads, kv_heads = call.device, call.batch, call.heads, call.kv_heads
-        columns = value_dim(call.head_dim)
-        chunks = max(
-            1, min(_MAX_CHUNKS, -(-call.key_length // _CHUNK_TOKENS), _STATISTICS_BLOCKS // (batch * kv_heads or 1))
-        )
-        chunk_tokens = -(-call.key_length // chunks)
-        packed = PackedOperands(call, mask)
-        query_tiles, key_tiles = packed.query_tiles, packed.key_tiles
-        if batch * heads * query_tiles == 0:
-            return packed
-        partials = torch.empty((batch, kv_heads, chunks, 2, columns + 1), dtype=torch.float32, device=device)
-        parameters = _PrepareParameters(
-            _operand(query),
-            _operand(key),
-            _operand(value),
-            _pointer(call.key_lengths),
-            _pointer(mask),
-            packed.queries,
-            packed.means,
-            packed.keys_values,
-            packed.query_factors,
-            packed.key_factors,
-            packed.value_factors,
-            packed.key_means,
-            packed.value_means,
-            partials.data_ptr(),
-            partials.data_ptr() + 4 * batch * kv_heads * chunks * 2 * columns,
-            _pointer(packed.lse_shifts),
-            _pointer(packed.tile_seen),
-            mask_strides,
-            batch,
-            heads,
-            kv_heads,
-            call.query_length,
-            call.key_length,
-            call.head_dim,
-            query_tiles,
-            key_tiles,
-            chunks,
-            chunk_tokens,
-            query.dtype == torch.bfloat16,
-            0 if mask is None else _MASK_KINDS[mask.dtype],
-            1 if mask is None else mask.shape[0],
-            1 if mask is None else mask.shape[1],
-            _has_vectors(query) and _has_vectors(key) and _has_vectors(value),
-            -1.0 if call.scale < 0 else 1.0,
-        )
-        first = load_kernel(nvfp4_prepare_variant("nvfp4_prepare_queries", columns), device, self.emulate_instructions)
-        first.launch((batch * kv_heads * chunks * 2 + batch * heads * query_tiles, 1, 1), parameters)
-        blocks = batch * kv_heads * -(-key_tiles // _TILES_PER_BLOCK)
-        if call.return_lse:
-            blocks += batch * heads * -(-call.query_length // _SHIFT_ROWS)
-        if packed.tile_seen is not None:
-            blocks += packed.tile_seen.numel()
-        second = load_kernel(
-            nvfp4_prepare_variant("nvfp4_prepare_keys_values", columns), device, self.emulate_instructions
-        )
-        second.launch((blocks, 1, 1), parameters)
-        return packed
+        """The plan's second half."""
+        prepared: PreparedLaunch = state
+        return prepared.plan.run(prepared)
 
 
-def _broadcast_mask(call: AttentionCall) -> tuple[Tensor | None, tuple[int, int, int, int]]:
-    """The mask as a 4-axis view whose axes have length 1 or the full length, and its strides, 0 where it is 1."""
+def _chunks(call: AttentionCall) -> int:
+    """Parts of the keys whose statistics are collected apart."""
+    most = _STATISTICS_BLOCKS // (call.batch * call.kv_heads or 1)
+    return max(1, min(_MAX_CHUNKS, -(-call.key_length // _CHUNK_TOKENS), most))
+
+
+def _workspace(call: AttentionCall, query_tiles: int, key_tiles: int, chunks: int) -> WorkspaceLayout:
+    """The packed operands, named as the fields of the parameters, and what restores them."""
+    rows, kv_heads, columns = (
+        (call.batch, call.heads, query_tiles),
+        (call.batch, call.kv_heads),
+        value_dim(call.head_dim),
+    )
+    words = {
+        "queries": (*rows, MEANS_PER_TILE, query_block_words(call.head_dim)),
+        "means": (*rows, mean_tile_words(call.head_dim)),
+        "keys_values": (*kv_heads, key_tiles, key_value_tile_words(call.head_dim)),
+    }
+    floats = {
+        "query_factors": (*rows, MEANS_PER_TILE),
+        "key_factors": kv_heads,
+        "value_factors": kv_heads,
+        "key_means": (*kv_heads, columns),
+        "value_means": (*kv_heads, columns),
+        "partial_sums": (*kv_heads, chunks, 2, columns),
+        "partial_maxima": (*kv_heads, chunks, 2),
+    }
+    if call.return_lse:
+        floats["lse_shifts"] = (call.batch, call.heads, call.query_length)
+    buffers = {name: (shape, torch.int32) for name, shape in words.items()}
+    buffers |= {name: (shape, torch.float32) for name, shape in floats.items()}
+    if call.attn_mask is not None:
+        mask_shape, _ = _broadcast_mask(call)
+        buffers["tile_seen"] = ((*mask_shape[:2], query_tiles, key_tiles), torch.uint8)
+    return WorkspaceLayout(buffers)
+
+
+def _broadcast_mask(call: AttentionCall) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """Shape of the mask with 4 axes, each of length 1 or the full one, and its strides, 0 where it is 1."""
     mask = call.attn_mask
     if mask is None:
-        return None, (0, 0, 0, 0)
-    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
-    strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
-    return mask, (strides[0], strides[1], strides[2], strides[3])
+        return (1, 1, 1, 1), (0, 0, 0, 0)
+    more = 4 - mask.dim()
+    shape, strides = (1,) * more + tuple(mask.shape), (0,) * more + mask.stride()
+    strides = tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
+    return (shape[0], shape[1], shape[2], shape[3]), (strides[0], strides[1], strides[2], strides[3])
 
 
-def _empty_output(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[B, H, N, D] whose memory is contiguous in the caller's layout."""
-    batch, heads, rows, head_dim = shape
-    if layout == "BNHD":
-        return torch.empty((batch, rows, heads, head_dim), dtype=dtype, device=device).transpose(1, 2)
-    return torch.empty(shape, dtype=dtype, device=device)
+def _mask_kind(call: AttentionCall) -> int:
+    return 0 if call.attn_mask is None else _MASK_KINDS[call.attn_mask.dtype]
 
 
-def _operand(x: Tensor) -> _Operand:
-    return _Operand(x.data_ptr(), x.stride())
+def _tile_seen_strides(mask_shape: tuple[int, int, int, int], tiles: int) -> tuple[int, int]:
+    """Bytes from one batch and head to the next, 0 where all share one mask."""
+    batch, heads, _, _ = mask_shape
+    return heads * tiles if batch > 1 else 0, tiles if heads > 1 else 0
 
 
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _has_vectors(x: Tensor) -> bool:
-    """Whether rows are contiguous and start at multiples of 16 bytes."""
-    *strides, last = x.stride()
-    aligned = all(stride % 8 == 0 or size == 1 for stride, size in zip(strides, x.shape, strict=False))
-    return last == 1 and x.shape[-1] % 8 == 0 and x.data_ptr() % 16 == 0 and aligned
+def _has_vectors(x: Tensor, copied: bool) -> bool:
+    """Whether rows are contiguous and start at multiples of 16 bytes, as those of a copy do where their length fits."""
+    return x.shape[-1] % 8 == 0 and (copied or has_aligned_rows(x))
 
 
 @lru_cache

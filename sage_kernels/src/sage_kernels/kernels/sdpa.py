@@ -1,12 +1,13 @@
 """16-bit attention by torch.nn.functional.scaled_dot_product_attention: the rung that every device has."""
 
-import contextlib
+import threading
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
+from torch.nn.functional import scaled_dot_product_attention
 
 from sage_kernels.architectures import Architecture, device_architecture
 from sage_kernels.attention_call import AttentionCall
@@ -22,6 +23,68 @@ _BACKENDS = {
 }
 
 
+# Which kernel torch tries first is a setting of the process.
+_PRIORITY_LOCK = threading.RLock()
+
+
+class SdpaPlan:
+    """How calls of one form are given to torch.
+
+    Args:
+        call: one of them.
+    """
+
+    def __init__(self, call: AttentionCall) -> None:
+        self._is_bnhd = call.layout == "BNHD"
+        self._is_causal, self._scale, self._return_lse = call.is_causal, call.scale, call.return_lse
+        self._options = {"is_causal": call.is_causal, "scale": call.scale, "enable_gqa": call.heads != call.kv_heads}
+        self._first = _first_backend(call)
+        self._is_plain = call.attn_mask is None and call.key_lengths is None and not call.return_lse
+
+    def prepare(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, key_lengths: Tensor | None
+    ) -> "SdpaState":
+        """Nothing to prepare."""
+        if self._is_bnhd:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return self, q, k, v, attn_mask, key_lengths
+
+    def run(self, state: "SdpaState") -> tuple[Tensor, Tensor | None]:
+        """torch's attention; LSE, which torch doesn't return, comes from a second pass in float32."""
+        _, q, k, v, attn_mask, key_lengths = state
+        if self._is_plain:
+            return self._attend(q, k, v, self._options), None
+        mask, options = attn_mask, self._options
+        if mask is not None and mask.dtype not in (torch.bool, q.dtype):
+            mask = mask.to(q.dtype)
+        if key_lengths is not None:
+            mask = _mask_with_key_lengths(key_lengths, q.shape[2], k.shape[2], self._is_causal, mask)
+            options = {**options, "is_causal": False}
+        output = self._attend(q, k, v, {**options, "attn_mask": mask})
+        if not self._return_lse:
+            return output, None
+        with torch.no_grad():
+            _, lse = attention_fp32(
+                q, k, v, attn_mask=attn_mask, is_causal=self._is_causal, scale=self._scale, key_lengths=key_lengths
+            )
+        return output, lse
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        """torch's choice among its kernels, the preferred one first; those that can't do a call pass it on."""
+        if self._first is None:
+            return scaled_dot_product_attention(q, k, v, **options)
+        with _PRIORITY_LOCK:
+            before = torch._C._get_sdp_priority_order()
+            torch._C._set_sdp_priority_order([self._first, *(each for each in before if each != self._first)])
+            try:
+                return scaled_dot_product_attention(q, k, v, **options)
+            finally:
+                torch._C._set_sdp_priority_order(before)
+
+
+SdpaState = tuple[SdpaPlan, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
 @dataclass(frozen=True)
 class SdpaKernel:
     """torch's own attention, differentiable, in the dtype of the inputs."""
@@ -34,41 +97,35 @@ class SdpaKernel:
         """Never refuses."""
         return None
 
-    def prepare(self, call: AttentionCall) -> AttentionCall:
+    def plan(self, call: AttentionCall) -> SdpaPlan:
+        """What torch is to be told, and which of its kernels is to come first."""
+        return SdpaPlan(call)
+
+    def prepare(self, call: AttentionCall) -> SdpaState:
         """Nothing to prepare."""
-        return call
+        return SdpaPlan(call), call.query, call.key, call.value, call.attn_mask, call.key_lengths
 
     def run(self, state: Any) -> tuple[Tensor, Tensor | None]:
-        """torch's attention; LSE, which torch doesn't return, comes from a second pass in float32."""
-        call: AttentionCall = state
-        mask, is_causal = call.attn_mask, call.is_causal
-        if mask is not None and mask.dtype not in (torch.bool, call.query.dtype):
-            mask = mask.to(call.query.dtype)
-        if call.key_lengths is not None:
-            mask, is_causal = _mask_with_key_lengths(call, mask), False
-        with _preferring(_fastest_backend(call)):
-            output = torch.nn.functional.scaled_dot_product_attention(
-                call.query,
-                call.key,
-                call.value,
-                attn_mask=mask,
-                is_causal=is_causal,
-                scale=call.scale,
-                enable_gqa=call.heads != call.kv_heads,
-            )
-        if not call.return_lse:
-            return output, None
-        with torch.no_grad():
-            _, lse = attention_fp32(
-                call.query,
-                call.key,
-                call.value,
-                attn_mask=call.attn_mask,
-                is_causal=call.is_causal,
-                scale=call.scale,
-                key_lengths=call.key_lengths,
-            )
-        return output, lse
+        """The plan's."""
+        plan: SdpaPlan = state[0]
+        return plan.run(state)
+
+
+def _first_backend(call: AttentionCall) -> int | None:
+    """What was measured to be fastest, where torch wouldn't choose it by itself; None leaves the choice to torch."""
+    fastest = _fastest_backend(call)
+    if fastest is None:
+        return None
+    chosen = torch._fused_sdp_choice(
+        call.query,
+        call.key,
+        call.value,
+        call.attn_mask if call.attn_mask is None or call.attn_mask.dtype == torch.bool else None,
+        is_causal=call.is_causal,
+        scale=call.scale,
+        enable_gqa=call.heads != call.kv_heads,
+    )
+    return None if chosen == fastest.value else int(fastest.value)
 
 
 def _fastest_backend(call: AttentionCall) -> SDPBackend | None:
@@ -79,21 +136,14 @@ def _fastest_backend(call: AttentionCall) -> SDPBackend | None:
     return None if fastest is None else _BACKENDS[fastest[0]]
 
 
-def _preferring(backend: SDPBackend | None) -> contextlib.AbstractContextManager[Any]:
-    """torch's choice among its kernels, with `backend` first; those that can't do a call pass it on to the next."""
-    if backend is None:
-        return contextlib.nullcontext()
-    others = [each for each in (*_BACKENDS.values(), SDPBackend.MATH) if each != backend]
-    return sdpa_kernel([backend, *others], set_priority=True)
-
-
-def _mask_with_key_lengths(call: AttentionCall, mask: Tensor | None) -> Tensor:
+def _mask_with_key_lengths(
+    key_lengths: Tensor, query_length: int, key_length: int, is_causal: bool, mask: Tensor | None
+) -> Tensor:
     """One mask that also holds the key lengths and causality, because torch takes a mask or is_causal, not both."""
-    assert call.key_lengths is not None
-    allowed = valid_tokens(call.key_lengths, call.key_length).transpose(-1, -2)
-    if call.is_causal:
-        rows = torch.arange(call.query_length, device=call.device)[:, None]
-        allowed = allowed & (torch.arange(call.key_length, device=call.device) <= rows)
+    allowed = valid_tokens(key_lengths, key_length).transpose(-1, -2)
+    if is_causal:
+        rows = torch.arange(query_length, device=key_lengths.device)[:, None]
+        allowed = allowed & (torch.arange(key_length, device=key_lengths.device) <= rows)
     if mask is None:
         return allowed
     return allowed & mask if mask.dtype == torch.bool else mask.masked_fill(~allowed, -torch.inf)

@@ -1,0 +1,96 @@
+"""What a call's form is: all of its arguments but the tensors' contents and addresses. Calls of one form run alike."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from sage_kernels.attention_call import AttentionCall
+
+_ALIGNMENT = 16  # bytes; where an address is no multiple of it, kernels load in another way
+
+_Value = TypeVar("_Value")
+
+
+class FormCache(Generic[_Value]):
+    """What was worked out for the forms that came last; threads may share it.
+
+    Args:
+        capacity: forms; beyond it the one that was used least recently is dropped.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._entries: OrderedDict[Hashable, _Value] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, form: Hashable) -> _Value | None:
+        """What was put in for a form, or None."""
+        with self._lock:
+            value = self._entries.get(form)
+            if value is not None:
+                self._entries.move_to_end(form)
+            return value
+
+    def put(self, form: Hashable, value: _Value) -> None:
+        """Keep `value` for a form."""
+        with self._lock:
+            self._entries[form] = value
+            self._entries.move_to_end(form)
+            if len(self._entries) > self._capacity:
+                self._entries.popitem(last=False)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def form_of_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    key_lengths: Tensor | None,
+    layout: str,
+    precision: str,
+    return_lse: bool,
+    allow_emulation: bool,
+) -> Hashable | None:
+    """Form of a call of attention(); None where only checking the arguments one by one can tell.
+
+    That is so off the GPU, where nothing is gained, and for what isn't plainly a tensor: tracers, subclasses, mistakes.
+    """
+    if not (type(q) is type(k) is type(v) is Tensor and q.is_cuda and type(layout) is type(precision) is str):
+        return None
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        return (
+            # Written out: a loop over the tensors costs more than what it does.
+            *(q.shape, q.stride(), q.dtype, q.device, q.data_ptr() % _ALIGNMENT),
+            *(k.shape, k.stride(), k.dtype, k.device, k.data_ptr() % _ALIGNMENT),
+            *(v.shape, v.stride(), v.dtype, v.device, v.data_ptr() % _ALIGNMENT),
+            (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled(),
+            None if attn_mask is None else _tensor_form(attn_mask),
+            None if key_lengths is None else _tensor_form(key_lengths),
+            None if scale is None else float(scale),
+            *(bool(is_causal), bool(enable_gqa), bool(return_lse), bool(allow_emulation), layout, precision),
+        )
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return None
+
+
+def form_of_call(call: AttentionCall) -> Hashable:
+    """Form of a checked call, for kernels that are called without attention()."""
+    tensors = (call.query, call.key, call.value, call.attn_mask, call.key_lengths)
+    forms = tuple(None if x is None else _tensor_form(x) for x in tensors)
+    return (*forms, call.is_causal, call.scale, call.layout, call.return_lse)
+
+
+def _tensor_form(x: Tensor) -> Hashable:
+    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % _ALIGNMENT
