@@ -31,9 +31,8 @@ DEVICE Channels unpack(uint4 raw) {
     out.x[2 * i] = __uint_as_float(words[i] << 16);
     out.x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000);
 #else
-    asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\n}\n"
-        : "=f"(out.x[2 * i]), "=f"(out.x[2 * i + 1])
-        : "r"(words[i]));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(out.x[2 * i]) : "h"(static_cast<u16>(words[i])));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(out.x[2 * i + 1]) : "h"(static_cast<u16>(words[i] >> 16)));
 #endif
   }
   return out;
@@ -199,7 +198,11 @@ static __device__ __noinline__ void quantize_value(const Int8Params& p, int bloc
     reciprocal[c] = scales.x[c] == scales.x[c] ? 1.f / scales.x[c] : 0.f;
     error[c] = 0.f;
   }
+#if BFLOAT16
 #pragma unroll
+#else
+#pragma unroll 1  // unpacking takes more registers
+#endif
   for (int chunk = warp / kPairs * 4 + lane / 8; chunk < KEYS / 16; chunk += 4 * kWarps / kPairs) {
     u32 codes[8] = {};
 #pragma unroll
