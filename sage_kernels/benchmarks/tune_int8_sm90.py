@@ -5,11 +5,11 @@ Run on a Hopper GPU from the repository root:
 Forms take turns, so that a GPU that grows warm slows all of them down. TFLOP/s count 4 B H N^2 D, half where causal.
 
 What was tried on one H100 (kernel alone, TFLOP/s), and what had been predicted:
-- Half of the exponentials by a line, as codes (LINE), with the rest behind the wait for P V (SPLIT): Wan 480p 853 to
+- Half of the exponentials by a line, as codes (LINE), half of all behind the wait for P V (SPLIT): Wan 480p 853 to
   1005; predicted 1050, since special functions took as long as the tensor cores.
 - Maxima shared between lanes only where one grew, two chains of them, and codes packed by conversion to float16
   denormals: 1005 to 1142; predicted 1100.
-- Three warpgroups for head_dim 64, float32 sums in shared memory: SDXL 605 to 624, CogVideoX 653 to 740; predicted 700
+- Three warpgroups for head_dim 64, float32 sums in shared memory: SDXL 596 to 624, CogVideoX 686 to 734; predicted 700
   for SDXL. A loop's turn is 350 instructions a warp, 1050 cycles for three warps beside 816 of the tensor cores: it is
   bound by issue, of which it gets 53 %.
 - One launch for both steps of preparation: 87 to 81 us for Flux, 32 to 33 us for SDXL; predicted 60 and 22. It waits for
