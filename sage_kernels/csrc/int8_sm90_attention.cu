@@ -7,124 +7,29 @@
 // Compile-time: HEAD_DIM 64 | 128 (smaller ones padded), KEYS per block, STAGES of the ring, WARPGROUPS of consumers
 // and PINGPONG: two of them take turns with the tensor cores. PROMOTE: FP8 wgmma accumulates with about 14 bits, so
 // that P V of this many key blocks starts at zero and is added in float32; 0 never does. ONES: the row sum comes from 8
-// columns of ones beside V, rather than from additions. PARK: the float32
-// sums wait in shared memory for the next promotion. HEADROOM: O is rescaled only when the row maximum has grown by
-// more than this many powers of two. LINE: of every eight words of weights, how many come from a straight line between
-// powers of two in place of the exponential; that needs ONES.
-#include "int8_sm90_schedule.cuh"
+// columns of ones beside V, rather than from additions. PARK: the float32 sums wait in shared memory for the next
+// promotion. HEADROOM: O is rescaled only when the row maximum has grown by more than this many powers of two. LINE: of
+// every eight words of weights, how many come from a straight line between powers of two in place of the exponential;
+// that needs ONES. SPLIT: eighths of the weights that are computed before P V is waited for; 0 for all.
+#include "int8_sm90_softmax.cuh"
 
-constexpr int kThreads = 128 * (WARPGROUPS + 1);
-constexpr int kQueryBytes = 64 * HEAD_DIM;
-constexpr int kTileBytes = KEYS * HEAD_DIM;  // of K, and of V
-constexpr int kConsumerRegisters = WARPGROUPS == 2 ? 240 : 160;
-constexpr int kProducerRegisters = WARPGROUPS == 2 ? 24 : 32;
-constexpr int kValueRowBytes = KEYS % 128 == 0 ? 128 : KEYS % 64 == 0 ? 64 : 32;
-constexpr int kScores = KEYS / 2;  // S registers of a thread
-constexpr int kEarly = SPLIT ? kScores / 8 * SPLIT : kScores;
-constexpr int kOutputs = HEAD_DIM / 2;         // O registers of a thread
-constexpr int kColumns = kOutputs + 4 * ONES;  // with the row sums: of row lane / 4 first, of 8 rows on third
-constexpr int kOnesBytes = ONES * 1024;        // behind each stage of V
-static_assert(!LINE || ONES, "weights of a line exist as codes only");
-static_assert(!ONES || KEYS == 128, "8 rows of ones follow V's in one swizzled image");
-constexpr int kParkedBytes = PARK * 128 * kColumns * 4;  // of a warpgroup
-static_assert(!PARK || PROMOTE, "sums are parked between promotions");
-constexpr u32 kMagicBits = 0x4B400000;
-constexpr float kMagic = 12582912.f;
-constexpr float kLog2Stretch = 8.807354922f - HEADROOM;  // log2(448): the row maximum becomes E4M3's largest value
-// 2^x by a straight line between powers of two (Schraudolph), within 6 %: 8 x counts E4M3's codes.
-constexpr float kLineUnits = 8.f / 16777216.f;              // of pack_integers
-constexpr float kLineShift = (7.f - 0.0564f) * kLineUnits;  // E4M3's bias, less what the line exceeds 2^x on average
-
-struct Ring {
-  int stage = 0;
-  u32 parity = 0;
-  DEVICE void advance() {
-    if (++stage == STAGES) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-// Shared memory: Q [WARPGROUPS], K ring, V ring, barriers. Swizzles repeat every 1024 bytes, so tiles start at
-// multiples.
-struct Shared {
-  u32 base;
-  static constexpr int kKey = WARPGROUPS * kQueryBytes;
-  static constexpr int kValue = kKey + STAGES * kTileBytes;
-  static constexpr int kParked = kValue + STAGES * (kTileBytes + kOnesBytes);
-  static constexpr int kBarriers = kParked + WARPGROUPS * kParkedBytes;
-  DEVICE u32 query(int warpgroup) const { return base + warpgroup * kQueryBytes; }
-  DEVICE u32 key(int stage) const { return base + kKey + stage * kTileBytes; }
-  DEVICE u32 value(int stage) const { return base + kValue + stage * (kTileBytes + kOnesBytes); }
-  DEVICE u32 parked(int thread) const { return base + kParked + thread / 128 * kParkedBytes + thread % 128 * 16; }
-  DEVICE u32 key_full(int stage) const { return base + kBarriers + 8 * stage; }
-  DEVICE u32 key_empty(int stage) const { return key_full(STAGES + stage); }
-  DEVICE u32 value_full(int stage) const { return key_full(2 * STAGES + stage); }
-  DEVICE u32 value_empty(int stage) const { return key_full(3 * STAGES + stage); }
-  DEVICE u32 query_full(int warpgroup) const { return key_full(4 * STAGES + warpgroup); }
-  DEVICE u32 query_empty(int warpgroup) const { return key_full(4 * STAGES + WARPGROUPS + warpgroup); }
-};
-
-DEVICE void produce(const Int8Params& p, const Shared& shared) {
-  Ring keys, values;
-  u32 query_parities = ~0u;  // a bit for each warpgroup
-  Schedule schedule(p);
-  Tile tile;
-  while (schedule.advance(tile)) {
-    const u8* query = p.query_codes + (i64(tile.batch * p.heads + tile.head) * p.query_rows + tile.row) * HEAD_DIM;
-    const u8* key = p.key_codes + i64(tile.kv_head) * p.key_blocks * kTileBytes;
-    const u8* value = p.value_codes + i64(tile.kv_head) * p.key_blocks * kTileBytes;
-    for (int block = 0; block <= tile.key_blocks; ++block) {
-      if (block < tile.key_blocks) {
-        mbarrier_wait(shared.key_empty(keys.stage), keys.parity ^ 1);
-        mbarrier_arrive_expect_bytes(shared.key_full(keys.stage), kTileBytes);
-        bulk_load(shared.key(keys.stage), key + i64(block) * kTileBytes, kTileBytes, shared.key_full(keys.stage));
-        keys.advance();
-      }
-      if (block == 0) {
-        for (int warpgroup = 0; warpgroup < tile.units; ++warpgroup) {
-          mbarrier_wait(shared.query_empty(warpgroup), query_parities >> warpgroup & 1);
-          query_parities ^= 1 << warpgroup;
-          mbarrier_arrive_expect_bytes(shared.query_full(warpgroup), kQueryBytes);
-          bulk_load(shared.query(warpgroup), query + warpgroup * kQueryBytes, kQueryBytes,
-                    shared.query_full(warpgroup));
-        }
-      } else {
-        mbarrier_wait(shared.value_empty(values.stage), values.parity ^ 1);
-        mbarrier_arrive_expect_bytes(shared.value_full(values.stage), kTileBytes);
-        bulk_load(shared.value(values.stage), value + i64(block - 1) * kTileBytes, kTileBytes,
-                  shared.value_full(values.stage));
-        values.advance();
-      }
-    }
-  }
-}
-
-// One warpgroup's 64 rows. A thread holds rows lane / 4 and lane / 4 + 8 of its warp's 16: index 0 and 1 of the pairs.
-struct Consumer {
-  const Int8Params& p;
+// One warpgroup's 64 rows.
+struct Consumer : Softmax {
   const Shared& shared;
-  int warpgroup, warp, lane;
+  int warpgroup, warp;
   u32 parked;
   Ring keys, values;
   u32 query_parity = 0;
-  u32 scores[kScores];
-  u32 weights[kScores / 4];
   float output[kColumns];
 #if PROMOTE && !PARK
   float partial[kColumns];
 #endif
-  float maximum[2], row_sum[2], rescale[2], query_scale[2];
-  float factor[2], offset[2], line_factor[2], line_offset[2];
-  bool grown;
 
   DEVICE Consumer(const Int8Params& p, const Shared& shared)
-      : p(p),
+      : Softmax(p),
         shared(shared),
         warpgroup(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0)),
         warp(threadIdx.x / 32 % 4),
-        lane(threadIdx.x % 32),
         parked(shared.parked(threadIdx.x - 128)) {}
 
   DEVICE int thread_row() const { return warpgroup * 64 + warp * 16 + lane / 4; }
@@ -134,12 +39,6 @@ struct Consumer {
   }
 
   DEVICE void wait_key() { mbarrier_wait(shared.key_full(keys.stage), keys.parity); }
-
-  // Volatile, so that it comes before the turn with the tensor cores begins.
-  DEVICE void start_scores() {
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) asm volatile("mov.u32 %0, %1;" : "=r"(scores[i]) : "n"(kMagicBits));
-  }
 
   DEVICE void issue_qk() {
     const u64 query = matrix_descriptor<HEAD_DIM>(shared.query(warpgroup));
@@ -167,104 +66,6 @@ struct Consumer {
       wgmma_pv(target, weights + 4 * step, value + offset, !starts || step > 0);
     }
     wgmma_commit();
-  }
-
-  // Keys beyond the end, and beyond the diagonal where causal, become -inf.
-  DEVICE void mask_scores(int first_key, int row, int key_length) {
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      const int key = first_key + i / 4 * 8 + lane % 4 * 2 + i % 2;
-      const int limit = p.is_causal ? min(key_length, row + (i / 2 % 2) * 8 + 1) : key_length;
-      if (key >= limit) scores[i] = 0xFF800000;
-    }
-  }
-
-  // The running maximum, and what the exponents of this block's scores are. Where it grew, as it seldom does, O must be
-  // rescaled.
-  DEVICE void start_softmax(float key_scale) {
-    // Bits of positive floats, and -inf, order as integers do, for which there is a three-input maximum.
-    constexpr int kChains = 2;  // a row, so that one need not wait for the other
-    int largest[2][kChains];
-#pragma unroll
-    for (int i = 0; i < kScores; i += 4) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int a = scores[i + 2 * r], b = scores[i + 2 * r + 1];
-        int& chain = largest[r][i / 4 % kChains];
-        chain = i < 4 * kChains ? max(a, b) : max(max(chain, a), b);
-      }
-    }
-    bool grows = false;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      largest[r][0] = max(largest[r][0], largest[r][1]);
-      factor[r] = query_scale[r] * key_scale;
-      if (factor[r] < 1e-35f) factor[r] = 1e-35f;  // keeps 0 * -inf away; a NaN passes
-      grows |= !(to_exponent(largest[r][0], r) <= maximum[r] + HEADROOM);
-    }
-    grown = __any_sync(~0u, grows);
-    if (grown) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        int row_largest = max(largest[r][0], __shfl_xor_sync(~0u, largest[r][0], 1));
-        row_largest = max(row_largest, __shfl_xor_sync(~0u, row_largest, 2));
-        const float previous = maximum[r];
-        const float scaled = to_exponent(row_largest, r);
-        maximum[r] = scaled <= previous + HEADROOM ? previous : scaled;
-        rescale[r] = exp2_approx(previous - (maximum[r] == -infinity() ? 0.f : maximum[r]));
-        if (!ONES) row_sum[r] *= rescale[r];
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float shift = maximum[r] == -infinity() ? 0.f : maximum[r];
-      offset[r] = fmaf(-kMagic, factor[r], kLog2Stretch - shift);
-      line_factor[r] = factor[r] * kLineUnits;
-      line_offset[r] = fmaf(offset[r], kLineUnits, kLineShift);
-    }
-  }
-
-  DEVICE float to_exponent(int score, int r) const { return (__int_as_float(score) - kMagic) * factor[r]; }
-
-  // Scores to weights in place: floats, or pairs of codes.
-  template <int kBegin, int kEnd>
-  DEVICE void exponentials() {
-#pragma unroll
-    for (int i = kBegin; i < kEnd; ++i) {
-      const int r = i / 2 % 2;
-      const float score = __uint_as_float(scores[i]);
-      if (on_line(i)) {
-        if (i % 2 == 0) continue;
-        scores[i - 1] = pack_integers(fmaf(__uint_as_float(scores[i - 1]), line_factor[r], line_offset[r]),
-                                      fmaf(score, line_factor[r], line_offset[r]));
-      } else {
-        const float weight = exp2_approx(fmaf(score, factor[r], offset[r]));
-        if (!ONES) row_sum[r] += weight;
-        scores[i] = __float_as_uint(weight);
-      }
-    }
-  }
-
-  // Whether a score's weight comes from the line: all 16 keys of a packed word's row do, or none.
-  static DEVICE constexpr bool on_line(int i) { return i / 8 * LINE % 8 + LINE >= 8; }
-
-  // S's accumulator layout is P's operand layout up to an order of keys that V's tiles have.
-  DEVICE void pack_weights() {
-#pragma unroll
-    for (int i = 0; i < kScores; i += 16) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const u32* s = scores + i + 2 * r;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const u32* t = s + 8 * half;
-          weights[i / 4 + r + 2 * half] = on_line(i + 8 * half)
-                                              ? __byte_perm(t[0], t[4], 0x6420)
-                                              : pack_e4m3(__uint_as_float(t[0]), __uint_as_float(t[1]),
-                                                          __uint_as_float(t[4]), __uint_as_float(t[5]));
-        }
-      }
-    }
   }
 
   DEVICE void finish_pv() {

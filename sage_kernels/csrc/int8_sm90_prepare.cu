@@ -31,9 +31,8 @@ DEVICE Channels unpack(uint4 raw) {
     out.x[2 * i] = __uint_as_float(words[i] << 16);
     out.x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000);
 #else
-    asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\n}\n"
-        : "=f"(out.x[2 * i]), "=f"(out.x[2 * i + 1])
-        : "r"(words[i]));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(out.x[2 * i]) : "h"(static_cast<u16>(words[i])));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(out.x[2 * i + 1]) : "h"(static_cast<u16>(words[i] >> 16)));
 #endif
   }
   return out;
@@ -199,7 +198,11 @@ static __device__ __noinline__ void quantize_value(const Int8Params& p, int bloc
     reciprocal[c] = scales.x[c] == scales.x[c] ? 1.f / scales.x[c] : 0.f;
     error[c] = 0.f;
   }
+#if BFLOAT16
 #pragma unroll
+#else
+#pragma unroll 1  // unpacking takes more registers
+#endif
   for (int chunk = warp / kPairs * 4 + lane / 8; chunk < KEYS / 16; chunk += 4 * kWarps / kPairs) {
     u32 codes[8] = {};
 #pragma unroll
@@ -361,25 +364,21 @@ DEVICE void prepare_values(const Int8Params& p, int batch, int head, int rank, u
 // ---- launch --------------------------------------------------------------------------------------------------------
 
 // Grid: 2 * 8 * B * Hkv, plus ceil(query_rows / KEYS) * B * H rounded up to whole clusters where no LSE is wanted.
-// Clusters of K and V, which take longest, begin early, but with some of Q between them: those keep the memory busy
-// while these wait for each other, and fewer heads at a time stay in the L2 cache.
+// K and V begin first, because they take longest: with Q between them it took a tenth longer.
 extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 3)
     int8_sm90_prepare(const __grid_constant__ Int8Params p) {
   constexpr int kStatisticWords = 3 * (kRowsPerPass + 1) * HEAD_DIM, kImageWords = KEYS * HEAD_DIM / 4;
   __shared__ __align__(16) u32 shared[kStatisticWords > kImageWords ? kStatisticWords : kImageWords];
   const int kv_heads = p.batch * p.kv_heads, rank = blockIdx.x % kClusterSize;
-  const int cluster = blockIdx.x / kClusterSize, clusters = gridDim.x / kClusterSize;
-  const int period = min(3, clusters / (2 * kv_heads)), turn = cluster / period;
-  if (turn < 2 * kv_heads && cluster % period == 0) {
-    const int batch_head = turn / 2, batch = batch_head / p.kv_heads, head = batch_head % p.kv_heads;
-    if (turn % 2 == 0)
-      prepare_values(p, batch, head, rank, shared);
-    else
-      prepare_keys(p, batch, head, rank, shared);
-    return;
+  const int cluster = blockIdx.x / kClusterSize, batch_head = cluster % kv_heads;
+  const int batch = batch_head / p.kv_heads, head = batch_head % p.kv_heads;
+  if (cluster < kv_heads) {
+    prepare_values(p, batch, head, rank, shared);
+  } else if (cluster < 2 * kv_heads) {
+    prepare_keys(p, batch, head, rank, shared);
+  } else {
+    const int index = blockIdx.x - 2 * kClusterSize * kv_heads, blocks = ceil_div(p.query_rows, KEYS);
+    if (index < blocks * p.batch * p.heads)
+      quantize_query(p, index % blocks, index / blocks / p.heads, index / blocks % p.heads);
   }
-  const int query_cluster = cluster - min(2 * kv_heads, turn + 1), blocks = ceil_div(p.query_rows, KEYS);
-  const int index = query_cluster * kClusterSize + rank;
-  if (index < blocks * p.batch * p.heads)
-    quantize_query(p, index % blocks, index / blocks / p.heads, index / blocks % p.heads);
 }

@@ -198,6 +198,17 @@ def test_softmax_scale_is_honoured(check, head_dim, scale):
     check(*make_qkv(1, 2, 2, 300, 300, head_dim), scale=scale, quality=0.3)
 
 
+@pytest.mark.parametrize("scale", [10.0, 300.0, 1e5])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_attention_to_one_key_stays_within_the_values(within, head_dim, scale):
+    """Exponents so large that rounding them could pass the largest code of E4M3, which is followed by NaN."""
+    q, k, v = make_qkv(1, 2, 2, 300, 1000, head_dim)
+    output, lse = KERNEL.run(KERNEL.prepare(call_of(q, k, v, scale=scale)))
+    assert torch.isfinite(output).all()
+    assert torch.isfinite(lse).all()
+    within((output.float().abs().amax() / v.float().abs().amax()).item(), 1.0625)  # a value rounded to E4M3
+
+
 @pytest.mark.parametrize("layout", ["BHND", "BNHD"])
 @pytest.mark.parametrize("view", ["transposed", "sliced", "head_dim_strided", "misaligned", "expanded"])
 def test_any_strides_give_the_same_result(check, view, layout):

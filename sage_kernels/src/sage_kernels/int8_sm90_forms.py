@@ -63,10 +63,12 @@ class Int8Sm90Form:
         return tiles + self.stages * 8 * self.keys * self.ones + 8 * (4 * self.stages + 2 * self.warpgroups)
 
 
-_D128 = Int8Sm90Form(128, warpgroups=2, stages=5, pingpong=True, promote=4, headroom=2, ones=True, line=3, split=4)
+_D128 = Int8Sm90Form(128, warpgroups=2, stages=5, pingpong=True, promote=4, headroom=2, ones=True, line=3, split=3)
 FORMS = (
-    Int8Sm90Form(64, warpgroups=3, stages=7, pingpong=False, promote=4, headroom=2, ones=True, line=5, park=True),
+    Int8Sm90Form(
+        64, warpgroups=3, stages=7, pingpong=False, promote=4, headroom=2, ones=True, line=5, split=2, park=True
+    ),
     # The error grows with length. Short sequences can afford a fourth line, long ones can do without its speed.
-    replace(_D128, line=4, longest=16384),
+    replace(_D128, line=4, split=4, longest=16384),
     _D128,
 )

@@ -28,7 +28,7 @@ class Recipe:
             two; P is stretched that much less, to keep headroom.
         linear_exp_of_8: of every eight weights, how many come from a straight line between powers of two in place of an
             exponential, which costs no special-function instruction: the last ones where they are rounded to E2M1,
-            evenly spread ones where they are rounded to E4M3.
+            evenly spread groups of 16 keys where they are rounded to E4M3.
         quantized_row_sum: weights are divided by the sum of what they were rounded to, else by the sum before rounding.
         int8_rows: query rows and key rows that share an INT8 scale.
         four_over_six: which NVFP4 operands take the better of two scales in each group: letters of "qkvp".
