@@ -166,8 +166,11 @@ __device__ __forceinline__ u32 permute_bytes(u32 a, u32 b, u32 selector) {
 // E4M3 of two floats, rounded to nearest even, `low` in the low byte; NaN and infinities give NaN (0x7F) as in
 // formats/fp8_e4m3.py.
 __device__ __forceinline__ u32 to_e4m3x2(float low, float high) {
-  u16 y;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(y) : "f"(high), "f"(low));
+  u32 y;
+  asm("{\n\t.reg .b16 y, zero;\n\tmov.b16 zero, 0;\n\tcvt.rn.satfinite.e4m3x2.f32 y, %1, %2;\n\t"
+      "mov.b32 %0, {y, zero};\n\t}"
+      : "=r"(y)
+      : "f"(high), "f"(low));
   return y;
 }
 
