@@ -56,19 +56,12 @@ def main() -> None:
         parser.error("there is no CUDA GPU here")
     device = torch.device("cuda", torch.cuda.current_device())
     qkv = tuple(torch.randn(SHAPE, device=device, dtype=torch.bfloat16) for _ in range(3))
+    print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}: host µs of a single call, of one in a row")
     rows = []
-    print(
-        f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}: host µs of a single call, of calls in a row"
-    )
-    for method in methods((qkv[0], qkv[1], qkv[2]), not options.no_compile):
-        try:
-            single, in_a_row = host_time(method.call, options.calls, device)
-        except Exception as error:  # of torch's compiler, or a rung that this GPU lacks: the others go on
-            print(f"{method.name:24} not measured: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
-            continue
-        print(f"{method.name:24} {single:8.1f} {in_a_row:8.1f}")
+    for name, (single, in_a_row) in measure(methods((qkv[0], qkv[1], qkv[2]), not options.no_compile), options, device):
+        print(f"{name:24} {single:8.1f} {in_a_row:8.1f}")
         for benchmark, time_us in (("host_single", single), ("host_in_a_row", in_a_row)):
-            row = {"benchmark": benchmark, "shape": "x".join(map(str, SHAPE)), "method": method.name}
+            row = {"benchmark": benchmark, "shape": "x".join(map(str, SHAPE)), "method": name}
             rows.append({**row, "ms": time_us / 1e3, "tflops": None, "rel_l1": None, "extra_bytes": None})
     record = {
         "machine": f"{platform.processor() or platform.machine()}, Python {platform.python_version()}",
@@ -139,23 +132,42 @@ def add_bare_operator() -> None:
     bare.register_fake(lambda q, k, v: torch.empty_like(q))
 
 
-def host_time(call: Callable[[], object], calls: int, device: torch.device) -> tuple[float, float]:
-    """Median microseconds until a single call returns, and of one of several in a row."""
-    for _ in range(_WARM_UP):
+def measure(
+    found: Iterator[Method], options: argparse.Namespace, device: torch.device
+) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Median microseconds of a single call and of one in a row, by method.
+
+    Methods take turns: the clock of a processor, and what else it has to do, change while this runs.
+    """
+    ready = [method for method in found if is_ready(method)]
+    times: dict[str, tuple[list[float], list[float]]] = {method.name: ([], []) for method in ready}
+    for _ in range(max(1, options.calls // _IN_A_ROW)):
+        for method in ready:
+            single, in_a_row = times[method.name]
+            single += [host_time(method.call, 1, device) for _ in range(_IN_A_ROW)]
+            in_a_row.append(host_time(method.call, _IN_A_ROW, device))
+    for name, (single, in_a_row) in times.items():
+        yield name, (statistics.median(single), statistics.median(in_a_row))
+
+
+def is_ready(method: Method) -> bool:
+    """Warm up; whether it runs here, else why not is printed."""
+    try:
+        for _ in range(_WARM_UP):
+            method.call()
+    except Exception as error:  # of torch's compiler, or a rung that this GPU lacks: the others go on
+        print(f"{method.name:24} not measured: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+        return False
+    return True
+
+
+def host_time(call: Callable[[], object], count: int, device: torch.device) -> float:
+    """Microseconds of one of `count` calls that begin with an idle GPU."""
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(count):
         call()
-    return median_time(call, 1, calls, device), median_time(call, _IN_A_ROW, calls // _IN_A_ROW, device)
-
-
-def median_time(call: Callable[[], object], count: int, repetitions: int, device: torch.device) -> float:
-    """Median microseconds of one of `count` calls that begin with an idle GPU."""
-    times = []
-    for _ in range(repetitions):
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        times.append((time.perf_counter() - start) * 1e6 / count)
-    return statistics.median(times)
+    return (time.perf_counter() - start) * 1e6 / count
 
 
 if __name__ == "__main__":

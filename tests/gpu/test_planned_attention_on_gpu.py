@@ -195,11 +195,11 @@ def test_memory_comes_from_torchs_allocator_and_goes_back(kernel):
 
 def test_forms_that_come_and_go_do_not_pile_up(kernel):
     for rows in range(1, 200):
-        qkv = make_qkv(rows=rows, keys=40, head_dim=64)
+        qkv = make_qkv(rows=rows, keys=40)
         plan_with(kernel, *qkv, *options_of(kernel))
         output = sage_kernels.attention(*qkv, enable_gqa=True, precision=kernel.precision)
     assert len(planned_attention._PLANNED) == 64
-    assert output.shape == (2, 4, 199, 64)
+    assert output.shape == (2, 4, 199, 128)
 
 
 @pytest.mark.parametrize("name", ["nvfp4_cuda", "int8_sm90"])
