@@ -1,8 +1,8 @@
 """Small random models under the names of the files that the big templates ask for. Imported inside ComfyUI only.
 
 The diffusion models have the real number of blocks and one head of the real size, so that the texts for FP16 blocks of
-the templates fit; ComfyUI detects them by their tensors. The VAEs and CLIP-L are whole. Other text encoders say in their metadata how
-small they are, for stand_in_pack.
+the templates fit; ComfyUI detects them by their tensors. VAEs and CLIP-L are whole. Other text encoders say in their
+metadata how small they are, for stand_in_pack.
 """
 
 import dataclasses
@@ -37,8 +37,8 @@ T5 = {
     "relative_attention_num_buckets": 32, "layer_norm_epsilon": 1e-6,
 }  # fmt: skip
 CLIP_L = {
-    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "hidden_act": "quick_gelu", "max_position_embeddings": 77, "eos_token_id": 49407,
+    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "hidden_act": "quick_gelu", "max_position_embeddings": 77, "eos_token_id": 49407,
 }  # fmt: skip
 LLAMA = {
     "vocab_size": 320, "hidden_size": LLAMA_DIM, "intermediate_size": 128, "num_hidden_layers": 3,
