@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sage_kernels.precision import PRECISIONS
+
 from .prompts_over_http import get, node_id, post, run
 
 pytestmark = pytest.mark.comfyui
@@ -35,7 +37,7 @@ def test_coverage_is_shown_on_the_node_after_each_sampling(server, prompt):
     fp4, fp16, speed = text.splitlines()
     assert fp4.startswith(f"fp4_emulated {CALLS * 4 // 5} (")
     assert fp16.startswith(f"fp16 {CALLS // 5} (")
-    assert fp16.endswith("): block override")
+    assert fp16.endswith("): block override.")
     assert f"x the speed of the model's own attention, measured ({CALLS * 4 // 5} calls)" in speed
     assert speed.endswith("no prediction: emulation")
     prompt[node_id(prompt, "KSampler")]["inputs"]["seed"] += 1
@@ -118,3 +120,9 @@ def test_nodes_are_found_by_other_names_and_have_help(server):
         assert aliases is None or "attention" in " ".join(aliases)
         with urllib.request.urlopen(f"{server.url}/extensions/sage3-attention/docs/{name}.md") as response:
             assert response.read().startswith(b"# Sage3")
+
+
+@pytest.mark.parametrize(("name", "expected"), [("Sage3Attention", PRECISIONS), ("Sage3Calibrate", PRECISIONS[1:-1])])
+def test_precisions_on_offer_are_those_of_the_package(server, name, expected):
+    kind, options = get(server, f"/object_info/{name}")[name]["input"]["required"]["precision"]
+    assert (kind if isinstance(kind, list) else options["options"]) == list(expected)
