@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,16 @@ class GraphPage:
             types[0],
             scale,
         )
+
+    def take_aside(self, type_: str, size: Sequence[int] | None = None) -> None:
+        """Move the first node of a type away from the others, give it a size, and show it."""
+        self.page.run(
+            "const node = app.graph.nodes.find(({type}) => type === args[0]);"
+            "node.pos = [-4000, -4000]; if (args[1]) node.setSize(args[1])",
+            type_,
+            size,
+        )
+        self.show(type_)
 
     def press_run(self) -> None:
         """With ComfyUI's shortcut, and wait until the server begins."""
