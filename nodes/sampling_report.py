@@ -68,7 +68,7 @@ def node_text(coverage: Coverage, timing: Timing, bad_blocks: list[str]) -> str:
     if set(coverage.by_kernel()) - {FP16, EARLIER_OVERRIDE}:
         lines.append(_speed_line(timing))
     lines += [f"block {name} {KEPT_IN_FP16}" for name in bad_blocks]
-    return "\n".join(lines)
+    return ".\n".join(lines)  # with full stops: Nodes 2.0 shows all in one paragraph
 
 
 def _kernel_line(kernel: str, calls: int, seconds: float | None, reasons: Mapping[str, int]) -> str:

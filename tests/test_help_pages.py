@@ -1,5 +1,6 @@
 """Every node has its page in nodes/web/docs, which ComfyUI shows as its help, and the page names every widget."""
 
+import re
 from pathlib import Path
 
 PAGES = Path(__file__).parents[1] / "nodes" / "web" / "docs"
@@ -17,3 +18,14 @@ def test_pages_name_every_widget(node_schemas):
         if item.widget and item.id not in (PAGES / f"{node_id}.md").read_text(encoding="utf-8")
     ]
     assert not missing
+
+
+def test_pages_show_pictures_that_are_there_and_every_instrument_has_one(node_schemas):
+    shown = {
+        page.stem: re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+        for page in PAGES.glob("*.md")
+    }
+    assert {name for names in shown.values() for name in names} == {path.name for path in PAGES.glob("*.png")}
+    without = {node_id for node_id in node_schemas if not shown[node_id]}
+    assert without == {"Sage3DemoConditioning", "Sage3DemoDecode"}
+    assert sum(path.stat().st_size for path in PAGES.glob("*.png")) < 1 << 20

@@ -295,7 +295,7 @@ def test_the_text_on_the_node_gives_calls_reasons_and_only_what_was_measured(pat
     assert calls.startswith("fp4_emulated 8 (")
     assert "fp4: needs a CUDA GPU" in calls
     assert fp16.startswith("fp16 4 (")
-    assert fp16.endswith("): block override")
+    assert fp16.endswith("): block override.")
     assert speed.endswith("x the speed of the model's own attention, measured (8 calls); no prediction: emulation")
     patch(model, show=texts.append).sample()
     assert texts.pop().splitlines()[1:] == ["speed-up not measured (verbose measures it); no prediction: emulation"]

@@ -1,8 +1,8 @@
-// Shows the text that Sage3Doctor and Sage3Compare give, on the node itself, with a button that copies it.
+// Shows the text that Sage3Calibrate, Sage3Doctor and Sage3Compare give, on the node itself, with a button that copies it.
 import { app } from "../../scripts/app.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
 
-const NODES = ["Sage3Doctor", "Sage3Compare"];
+const NODES = ["Sage3Calibrate", "Sage3Doctor", "Sage3Compare"];
 const TEXT = "report_text";
 
 function reportWidget(node) {

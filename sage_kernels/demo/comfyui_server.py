@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PACK_ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +28,7 @@ class ComfyServer:
     """A ComfyUI server as a context manager; `url` is where it answers.
 
     Models, outputs, settings and the database live in a temporary folder, so the checkout and the user's files stay as
-    they are. The pack is linked into it as its only custom node.
+    they are. The pack is linked into it as its only custom node, but for those that are asked for.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class ComfyServer:
         environment: Mapping[str, str] | None = None,
         cpu: bool = True,
         start_timeout_s: float = 180.0,
+        further_packs: Sequence[Path] = (),
     ) -> None:
         """Only remember; `with` starts the server.
 
@@ -49,6 +50,7 @@ class ComfyServer:
             environment: added to this process's environment variables.
             cpu: run the models on the CPU.
             start_timeout_s: how long to wait for the first answer.
+            further_packs: folders of other node packs to link beside this one.
 
         Raises:
             ComfyServerError: no main.py in root.
@@ -62,6 +64,7 @@ class ComfyServer:
         self._environment.pop("PYTHONSAFEPATH", None)
         self._cpu = cpu
         self._start_timeout_s = start_timeout_s
+        self._further_packs = further_packs
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self.url = ""
@@ -82,6 +85,8 @@ class ComfyServer:
         try:
             (self.base / "custom_nodes").mkdir()
             _link_folder(PACK_ROOT, self.base / "custom_nodes" / PACK_FOLDER)
+            for pack in self._further_packs:
+                _link_folder(pack, self.base / "custom_nodes" / pack.name)
             self._start()
             self._wait_until_up()
         except BaseException:

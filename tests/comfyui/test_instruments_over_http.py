@@ -1,23 +1,20 @@
 """What the browser gets from the nodes: texts on nodes, reports, pictures; on the demo model."""
 
 import json
-import struct
-import time
 import urllib.request
-import uuid
-from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import websocket
+
+from sage_kernels.precision import PRECISIONS
+
+from .prompts_over_http import get, node_id, post, run
 
 pytestmark = pytest.mark.comfyui
 
 WORKFLOW = Path(__file__).parents[2] / "workflows" / "sage3_demo.json"
 STEPS = 3
 CALLS = 5 * 2 * STEPS  # blocks, self- and cross-attention, steps
-TEXT_EVENT = 3  # of ComfyUI's binary messages: 4 bytes type, 4 bytes length of the node's id, the id, the text
 
 
 @pytest.fixture
@@ -30,53 +27,6 @@ def prompt(demo, server):
     return conversion.override_inputs(prompt, overrides)
 
 
-def get(server, path):
-    with urllib.request.urlopen(server.url + path) as response:
-        return json.load(response)
-
-
-def post(server, path, **content):
-    request = urllib.request.Request(
-        server.url + path, json.dumps(content).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request) as response:
-        return response.read()
-
-
-def run(server, prompt, on_progress=lambda: None):
-    """How a prompt ended, the texts shown on each node meanwhile, and what each node reported."""
-    client = uuid.uuid4().hex
-    socket = websocket.create_connection(f"ws{server.url.removeprefix('http')}/ws?clientId={client}", timeout=120)
-    texts = defaultdict(list)
-    prompt_id = json.loads(post(server, "/prompt", prompt=prompt, client_id=client))["prompt_id"]
-    while True:
-        message = socket.recv()
-        if isinstance(message, bytes):
-            if struct.unpack(">I", message[:4])[0] == TEXT_EVENT:
-                end = 8 + struct.unpack(">I", message[4:8])[0]
-                texts[message[8:end].decode()].append(message[end:].decode())
-            continue
-        event = json.loads(message)
-        if event["type"] == "progress":
-            on_progress()
-        if event["type"] in {"execution_success", "execution_error", "execution_interrupted"}:
-            break
-    socket.close()
-    return SimpleNamespace(end=event["type"], data=event["data"], texts=texts, outputs=outputs_of(server, prompt_id))
-
-
-def outputs_of(server, prompt_id):
-    """From the history, which lags a little behind the events."""
-    deadline = time.monotonic() + 10
-    while not (history := get(server, f"/history/{prompt_id}")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return history[prompt_id]["outputs"]
-
-
-def node_id(prompt, class_type):
-    return next(id_ for id_, node in prompt.items() if node["class_type"] == class_type)
-
-
 def test_coverage_is_shown_on_the_node_after_each_sampling(server, prompt):
     ours = node_id(prompt, "Sage3Attention")
     prompt[ours]["inputs"] |= {"fp16_blocks": "0: 1", "verbose": True}
@@ -87,7 +37,7 @@ def test_coverage_is_shown_on_the_node_after_each_sampling(server, prompt):
     fp4, fp16, speed = text.splitlines()
     assert fp4.startswith(f"fp4_emulated {CALLS * 4 // 5} (")
     assert fp16.startswith(f"fp16 {CALLS // 5} (")
-    assert fp16.endswith("): block override")
+    assert fp16.endswith("): block override.")
     assert f"x the speed of the model's own attention, measured ({CALLS * 4 // 5} calls)" in speed
     assert speed.endswith("no prediction: emulation")
     prompt[node_id(prompt, "KSampler")]["inputs"]["seed"] += 1
@@ -170,3 +120,9 @@ def test_nodes_are_found_by_other_names_and_have_help(server):
         assert aliases is None or "attention" in " ".join(aliases)
         with urllib.request.urlopen(f"{server.url}/extensions/sage3-attention/docs/{name}.md") as response:
             assert response.read().startswith(b"# Sage3")
+
+
+@pytest.mark.parametrize(("name", "expected"), [("Sage3Attention", PRECISIONS), ("Sage3Calibrate", PRECISIONS[1:-1])])
+def test_precisions_on_offer_are_those_of_the_package(server, name, expected):
+    kind, options = get(server, f"/object_info/{name}")[name]["input"]["required"]["precision"]
+    assert (kind if isinstance(kind, list) else options["options"]) == list(expected)

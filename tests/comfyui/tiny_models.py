@@ -46,13 +46,17 @@ class TinyModel:
 
 def build(name: str) -> TinyModel:
     """A model of one of family_models.FAMILIES; the same weights every time."""
-    family = FAMILIES[name]
+    return build_family(FAMILIES[name])
+
+
+def build_family(family: TinyFamily) -> TinyModel:
+    """A model of a family; the same weights every time."""
     config = family.model_config()
     config.unet_config["dtype"] = torch.float32
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, "")
     generator = torch.Generator().manual_seed(0)
-    _initialise(model, generator)
+    initialise(model, generator)
     device = comfy.model_management.get_torch_device()
     positive, negative = (_conditioning(family, generator) for _ in range(2))
     noise = _noise(family, generator)
@@ -72,8 +76,8 @@ def transformer_blocks(model: TinyModel) -> Iterator[tuple[str, nn.Module]]:
             yield f"{kind}.{index}", block
 
 
-def _initialise(model: nn.Module, generator: torch.Generator) -> None:
-    # ComfyUI leaves weights uninitialised. Full-size ones, so that attention matters to the result.
+def initialise(model: nn.Module, generator: torch.Generator) -> None:
+    """Fill the weights that ComfyUI leaves uninitialised: full-size ones, so that attention matters to the result."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:

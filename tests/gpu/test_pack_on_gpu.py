@@ -7,6 +7,7 @@ import torch
 
 import sage_kernels
 from sage_kernels.block_overrides import BlockId
+from sage_kernels.kernels import KERNELS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,7 +32,11 @@ def test_sentinel_finds_the_bad_block_without_waiting_per_call(pack_module):
 def test_every_kernel_of_this_gpu_passes_the_live_test(pack_module):
     results = pack_module("kernel_check").check_kernels(Path(sage_kernels.__file__).parents[1])
     assert {result["state"] for result in results} <= {"ok", "not run"}, results
-    assert any(result["case"] == "cuda:0 fp16" and result["state"] == "ok" for result in results)
+    found = {result["case"]: result["state"] for result in results if result["case"].startswith("cuda:0")}
+    assert set(found) == {f"cuda:0 {kernel.name}" for kernel in KERNELS if not kernel.emulated}
+    assert found["cuda:0 sdpa"] == "ok"
+    if torch.cuda.get_device_capability() >= (8, 0):
+        assert [case for case, state in found.items() if state == "ok" and case != "cuda:0 sdpa"]
 
 
 def test_deciding_about_a_call_never_waits_for_the_gpu():

@@ -1,5 +1,6 @@
 """ComfyUI's own frontend in headless Chromium."""
 
+import io
 import json
 import shutil
 import urllib.request
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 WINDOW = (1500, 1000)
 TIMEOUT_S = 30
@@ -104,6 +106,26 @@ def opened(request: pytest.FixtureRequest, page: Page) -> Page:
             pytest.skip(f"frontend {page.frontend_version} is older than {NODES_2_FINISHED}: no finished Nodes 2.0")
         page.open(nodes_2=True)
     return page
+
+
+@pytest.fixture
+def nodes_2(opened: Page) -> bool:
+    """Whether the page is opened in Nodes 2.0."""
+    return bool(opened.run("return Boolean(LiteGraph.vueNodesMode)"))
+
+
+@pytest.fixture
+def save_window(request: pytest.FixtureRequest, opened: Page, nodes_2: bool) -> Callable[[str], None]:
+    """Save a small picture of the whole page into the folder of --screenshots, in Nodes 2.0 only."""
+    folder = request.config.getoption("--screenshots")
+
+    def save(name: str) -> None:
+        picture = Image.open(io.BytesIO(opened.driver.get_screenshot_as_png())).convert("RGB")
+        assert len(picture.getcolors(1 << 24) or ()) > 100, "the page is empty"
+        if folder and nodes_2:
+            picture.quantize(64).save(Path(folder) / f"{name}.png", optimize=True)
+
+    return save
 
 
 @pytest.fixture
