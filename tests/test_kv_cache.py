@@ -45,6 +45,17 @@ def test_attention_is_near_the_exact_one(group, bound):
     assert (lse - exact_lse).abs().mean() < 0.05
 
 
+def test_rotation_helps_where_keys_have_outliers_and_is_taken_back():
+    k, v = tokens(1, 1, 300, 64)
+    k = torch.where(torch.rand(k.shape, generator=torch.Generator().manual_seed(2)) < 0.04, k * 8, k)
+    q = queries(1, 2, 16, 64) / 2
+    exact, _ = attention_fp32(q, k, v)
+    rotated, plain = (cache_with(k, v, rotate_keys=each) for each in (True, False))
+    assert relative_l1(rotated.attend(q), exact) < 0.98 * relative_l1(plain.attend(q), exact)
+    for cache in (rotated, plain):
+        assert relative_l1(cache.dequantize()[0][:, :, :300], k) < 0.2
+
+
 def test_subtracted_means_make_it_more_accurate_and_are_put_back_exactly():
     k, v = tokens(1, 1, 300, 64)
     q = queries(1, 1, 8, 64)
@@ -119,7 +130,7 @@ def test_rolling_keeps_the_newest_tokens():
 
 def test_reset_empties_marked_sequences_and_their_means_begin_anew():
     k, v = tokens(2, 1, 30, 64)
-    cache = cache_with(k, v)
+    cache = cache_with(k, v, rotate_keys=False)
     means = cache.key.means.clone()
     cache.reset(torch.tensor([True, False]))
     assert cache.lengths.tolist() == [0, 30]

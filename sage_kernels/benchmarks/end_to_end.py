@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from result_file import describe
 from torch import Tensor, nn
+from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import sage_kernels
@@ -140,19 +141,16 @@ class Studio:
             return call.default() if choice.precision == "fp16" else self._attend(method, call)
 
         router = AttentionRouter(self._transformer, handle, read_sigma)
+        clips = []
         try:
             policy = PrecisionPolicy.for_model(router.layout, "fp4", method.fp16_blocks)
             context = self._contexts[self.digits, self.directions]
-            return [
-                decode(
-                    sample(
-                        self._transformer, context, seed=seed, steps=self.steps, device=self.device, dtype=self._dtype
-                    )
-                ).clamp(-1, 1)
-                for seed in range(self.seeds)
-            ]
+            for seed in tqdm(range(self.seeds), desc=method.name, mininterval=0):
+                options = {"seed": seed, "steps": self.steps, "device": self.device, "dtype": self._dtype}
+                clips.append(decode(sample(self._transformer, context, **options)).clamp(-1, 1))
         finally:
             router.remove()
+        return clips
 
     def _attend(self, method: Method, call: SdpaCall) -> Tensor:
         if method.recipe is None:

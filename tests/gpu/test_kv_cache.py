@@ -30,7 +30,11 @@ def full_float32_products():
 
 
 def filled(k, v, counts=None, **options):
-    """Two caches with the same tokens: by the kernels, and by the reference on the CPU."""
+    """Two caches with the same tokens: by the kernels, and by the reference on the CPU.
+
+    Not rotated: the rotation is torch's own product, whose last bits differ between devices.
+    """
+    options.setdefault("rotate_keys", False)
     sizes = (k.shape[0], k.shape[1], options.pop("capacity", k.shape[2]), k.shape[3])
     cache, expected = KVCache(*sizes, **options), KVCache(*sizes, device="cpu", **options)
     append_both(cache, expected, k, v, counts)
@@ -54,9 +58,10 @@ def check(within, cache, q, **options):
     return output
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("group", [16, 32, 64])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("head_dim", "group", "dtype"),
+    [(64, 16, "bf16"), (64, 32, "fp16"), (128, 16, "bf16"), (128, 64, "fp32")],
+)
 def test_codes_and_attention(within, head_dim, group, dtype):
     k, v = tokens(2, 2, 700, head_dim, DTYPES[dtype])
     cache, expected = filled(k, v, group=group, capacity=1000)
@@ -67,19 +72,22 @@ def test_codes_and_attention(within, head_dim, group, dtype):
     check(within, cache, queries(2, 8, 1, head_dim, DTYPES[dtype]).cuda())
 
 
-@pytest.mark.parametrize("heads", [2, 6, 10, 32])
-@pytest.mark.parametrize(("rows", "is_causal"), [(1, False), (4, True), (150, False), (150, True)])
+@pytest.mark.parametrize(
+    ("heads", "rows", "is_causal"),
+    [(2, 1, False), (6, 4, True), (10, 1, False), (32, 1, False), (32, 150, True)],
+)
 def test_grouped_heads_and_many_rows(within, heads, rows, is_causal):
     k, v = tokens(2, 2, 1100, 128, torch.bfloat16)
     cache, _ = filled(k, v, [1100, 130])
     check(within, cache, queries(2, heads, rows, 128, torch.bfloat16).cuda(), is_causal=is_causal)
 
 
-@pytest.mark.parametrize("length", [1, 15, 127, 128, 129, 4096, 33333])
+@pytest.mark.parametrize("length", [1, 15, 64, 129, 4096, 33333])
 @pytest.mark.parametrize("splits", [None, 1, 7, 256])
 def test_any_length_and_number_of_splits(within, length, splits):
     k, v = tokens(1, 2, length, 64, torch.bfloat16)
-    cache, _ = filled(k, v)
+    cache, expected = filled(k, v)
+    within(code_mismatch(cache, expected), CODES_BOUND)
     check(within, cache, queries(1, 8, 1, 64, torch.bfloat16).cuda(), splits=splits)
 
 
@@ -93,17 +101,17 @@ def test_sequences_of_different_lengths(within):
 
 @pytest.mark.parametrize("size", [1e-6, 1e4])
 def test_tensors_of_any_size(within, size):
-    k, v = tokens(1, 2, 500, 64, size=size)
+    k, v = tokens(1, 2, 500, 64, torch.bfloat16, size=size)
     cache, expected = filled(k, v)
     within(code_mismatch(cache, expected), CODES_BOUND)
-    check(within, cache, queries(1, 4, 1, 64).cuda(), scale=0.125 / size)
+    check(within, cache, queries(1, 4, 1, 64, torch.bfloat16).cuda(), scale=0.125 / size)
 
 
 def test_strided_inputs_give_the_same():
     k, v = tokens(2, 3, 400, 64, torch.bfloat16)
     q = queries(2, 6, 2, 64, torch.bfloat16).cuda()
     cache, _ = filled(k, v)
-    strided = KVCache(2, 3, 400, 64)
+    strided = KVCache(2, 3, 400, 64, rotate_keys=False)
     strided.append(*(x.cuda().transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)))
     assert torch.equal(strided.key.codes, cache.key.codes)
     assert torch.equal(strided.value.codes, cache.value.codes)
@@ -113,7 +121,8 @@ def test_strided_inputs_give_the_same():
 
 
 def test_rolling_overwrites_the_oldest(within):
-    cache, expected = (KVCache(1, 2, 300, 64, rolling=True, device=device) for device in ("cuda", "cpu"))
+    options = {"rolling": True, "rotate_keys": False}
+    cache, expected = (KVCache(1, 2, 300, 64, device=device, **options) for device in ("cuda", "cpu"))
     for count in (200, 200, 1, 300):
         append_both(cache, expected, *tokens(1, 2, count, 64, torch.bfloat16))
     within(code_mismatch(cache, expected), CODES_BOUND)
@@ -147,7 +156,7 @@ def test_decoding_in_a_cuda_graph_is_decoding(within):
 
 
 def test_a_graph_drops_what_does_not_fit():
-    k, v = (x.cuda() for x in tokens(1, 1, 8, 64))
+    k, v = (x.cuda() for x in tokens(1, 1, 8, 64, torch.bfloat16))
     cache = KVCache(1, 1, 20, 64)
     cache.append(k, v)
     torch.cuda.synchronize()
@@ -161,9 +170,13 @@ def test_a_graph_drops_what_does_not_fit():
         cache.append(k, v)
 
 
-def test_quality_against_exact_attention(within):
-    k, v = tokens(1, 2, 4096, 128, torch.bfloat16)
-    cache, _ = filled(k, v)
-    q = queries(1, 8, 16, 128, torch.bfloat16).cuda()
+@pytest.mark.parametrize("rotate_keys", [False, True])
+def test_quality_against_exact_attention(within, rotate_keys):
+    dtype = torch.bfloat16
+    k, v = tokens(1, 2, 4096, 128, dtype)
+    cache = KVCache(1, 2, 4096, 128, rotate_keys=rotate_keys)
+    cache.append(k.cuda(), v.cuda())
+    q = queries(1, 8, 4, 128, dtype).cuda()
+    check(within, cache, q)
     exact, _ = attention_fp32(q, k.cuda(), v.cuda())
     within(relative_l1(cache.attend(q), exact), 0.1)

@@ -42,7 +42,7 @@ def check_attention(cache, q, splits, is_causal=False, scale=None):
 
 @pytest.mark.parametrize(("head_dim", "group"), [(64, 16), (128, 32)])
 def test_codes_and_attention_are_the_references(head_dim, group):
-    cache, expected = (KVCache(2, 1, 200, head_dim, device="cpu", group=group) for _ in range(2))
+    cache, expected = (KVCache(2, 1, 200, head_dim, device="cpu", rotate_keys=False, group=group) for _ in range(2))
     append_both(cache, expected, *tokens(2, 1, 140, head_dim))
     append_both(cache, expected, *tokens(2, 1, 5, head_dim), torch.tensor([5, 2], dtype=torch.int32))
     assert code_mismatch(cache, expected) < CODES_BOUND
@@ -51,13 +51,13 @@ def test_codes_and_attention_are_the_references(head_dim, group):
 
 @pytest.mark.parametrize(("rows", "splits", "is_causal"), [(5, 2, True), (20, 1, False)])
 def test_rows_splits_and_causality(rows, splits, is_causal):
-    cache, expected = (KVCache(2, 1, 200, 64, device="cpu") for _ in range(2))
+    cache, expected = (KVCache(2, 1, 200, 64, device="cpu", rotate_keys=False) for _ in range(2))
     append_both(cache, expected, *tokens(2, 1, 150, 64), torch.tensor([150, 7], dtype=torch.int32))
     check_attention(cache, queries(2, 2, rows, 64), splits, is_causal, scale=0.2)
 
 
 def test_empty_sequences_and_tiny_numbers():
-    cache, expected = (KVCache(2, 1, 64, 64, device="cpu") for _ in range(2))
+    cache, expected = (KVCache(2, 1, 64, 64, device="cpu", rotate_keys=False) for _ in range(2))
     k, v = tokens(2, 1, 40, 64, size=1e-6)
     append_both(cache, expected, k, v, torch.tensor([40, 0], dtype=torch.int32))
     assert code_mismatch(cache, expected) < CODES_BOUND
@@ -65,7 +65,7 @@ def test_empty_sequences_and_tiny_numbers():
 
 
 def test_rolling_overwrites_the_oldest():
-    cache, expected = (KVCache(1, 1, 48, 64, device="cpu", rolling=True) for _ in range(2))
+    cache, expected = (KVCache(1, 1, 48, 64, device="cpu", rotate_keys=False, rolling=True) for _ in range(2))
     for count in (40, 30):
         append_both(cache, expected, *tokens(1, 1, count, 64))
     assert code_mismatch(cache, expected) < CODES_BOUND
@@ -73,7 +73,7 @@ def test_rolling_overwrites_the_oldest():
 
 
 def test_what_is_not_finite_is_not_hidden():
-    cache, expected = (KVCache(1, 1, 32, 64, device="cpu") for _ in range(2))
+    cache, expected = (KVCache(1, 1, 32, 64, device="cpu", rotate_keys=False) for _ in range(2))
     k, v = tokens(1, 1, 20, 64)
     v[0, 0, 3, 5] = torch.inf
     append_both(cache, expected, k, v)

@@ -42,4 +42,6 @@ def code_mismatch(cache, expected):
 def expected_attention(cache, q, scale=None, is_causal=False):
     """The reference on the very codes that `cache` holds."""
     scale = cache.head_dim**-0.5 if scale is None else scale
-    return reference.attend(q.float(), cache.key, cache.value, cache.lengths, scale=scale, is_causal=is_causal)
+    return reference.attend(
+        cache.rotate_queries(q).float(), cache.key, cache.value, cache.lengths, scale=scale, is_causal=is_causal
+    )

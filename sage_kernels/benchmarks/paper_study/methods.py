@@ -89,13 +89,15 @@ def quarot_cache(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention_fp32(query, unsigned_int4(key), unsigned_int4(v.float()), scale=scale)[0]
 
 
-def our_cache(group: int) -> Function:
+def our_cache(group: int, rotate_keys: bool = True) -> Function:
     """KVCache: NVFP4 keys and values, attention in 16 bit; narrower heads are padded with zeros."""
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         head_dim = q.shape[-1]
         q, k, v = (torch.nn.functional.pad(x.float(), (0, max(0, 64 - head_dim))) for x in (q, k, v))
-        cache = KVCache(k.shape[0], k.shape[1], k.shape[2], k.shape[3], device=q.device, group=group)
+        cache = KVCache(
+            k.shape[0], k.shape[1], k.shape[2], k.shape[3], device=q.device, group=group, rotate_keys=rotate_keys
+        )
         cache.append(k, v)
         output = attention_fp32(q, *cache.dequantize(), scale=head_dim**-0.5)[0]
         return output[..., :head_dim]

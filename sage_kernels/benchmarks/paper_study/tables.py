@@ -70,6 +70,7 @@ def all_tables() -> dict[str, list[Method]]:
             by_recipe("ours: fp4 attention", OURS),
             Method("ours: FP4 cache, groups of 16", methods.our_cache(16)),
             Method("ours: FP4 cache, groups of 32", methods.our_cache(32)),
+            Method("ours: FP4 cache, groups of 16, keys not rotated", methods.our_cache(16, rotate_keys=False)),
         ],
         "ideas": list(ideas()),
     }
@@ -90,6 +91,7 @@ def ideas() -> Iterator[Method]:
     yield by_recipe("+ headroom of 3 powers of two, steps of 32 keys", replace(quantized, key_block=32,
                                                                                  rescale_threshold=3.0))  # fmt: skip
     yield by_recipe("+ 3 of 8 exponentials by a line = ours (fp4)", OURS)
+    yield by_recipe("ours with the row sum of P before rounding", replace(OURS, quantized_row_sum=False))
     for operands in ("v", "k", "kv", "qkv", "qkvp"):
         label = ", ".join(operands.upper())
         yield by_recipe(f"ours + four over six for {label}", replace(OURS, four_over_six=operands))

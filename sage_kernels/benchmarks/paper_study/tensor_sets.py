@@ -26,7 +26,7 @@ _sdpa = torch.nn.functional.scaled_dot_product_attention
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """Attention of one layer on a batch of inputs: q [B, H, rows, D] may be a sample, k and v [B, H, N, D] are whole."""
+    """One layer on a batch of inputs: q [B, H, rows, D] may be a sample of the rows, k and v [B, H, N, D] are whole."""
 
     name: str
     q: Tensor

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from sage_kernels.kv_cache import reference
-from sage_kernels.kv_cache.storage import GROUPS, HEAD_DIMS, CachedOperand, empty_operand
+from sage_kernels.kv_cache.storage import (
+    GROUPS,
+    HEAD_DIMS,
+    KEY_ROTATION,
+    CachedOperand,
+    empty_operand,
+    signed_hadamard,
+)
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -18,7 +25,8 @@ class KVCache:
     Attention computes in 16 bit on what the codes stand for. From a sequence's keys and values their mean over the
     first tokens appended is subtracted before quantising (16 tokens or more; else nothing): a constant in the keys
     changes no weight and one in the values passes through, so both are put back exactly. Each group of channels takes
-    the better of two scales (four over six).
+    the better of two scales (four over six). Keys, and queries with them, are rotated by a Hadamard matrix first, so
+    that no channel's outliers set its group's scale; scores stay what they are.
 
     Append and attend launch a fixed number of kernels, don't read anything back and fit into a CUDA graph. Not
     differentiable.
@@ -38,6 +46,7 @@ class KVCache:
         device: torch.device | str = "cuda",
         group: int = 16,
         rolling: bool = False,
+        rotate_keys: bool = True,
     ) -> None:
         """Reserve the memory.
 
@@ -46,6 +55,7 @@ class KVCache:
             device: a CUDA device, or another to compute slowly in plain PyTorch.
             group: channels that share a scale: 16 (71.9 % less than 16 bit), 32 (73.4 %) or 64 (74.2 %).
             rolling: when full, new tokens take the place of the oldest, as autoregressive video models want it.
+            rotate_keys: False leaves the rotation out, which saves a small product at each append() and attend().
 
         Raises:
             ValueError: a size that isn't offered; the message says what is.
@@ -62,6 +72,7 @@ class KVCache:
             raise RuntimeError("Triton is not installed; `pip install triton` (Linux) or triton-windows (Windows)")
         self.batch, self.kv_heads, self.capacity, self.head_dim = batch, kv_heads, capacity, head_dim
         self.group, self.rolling = group, rolling
+        self._rotation = signed_hadamard(head_dim, self.device) if rotate_keys else None
         sizes = (batch, kv_heads, capacity, head_dim, group, self.device)
         self.key: CachedOperand = empty_operand(*sizes)
         self.value: CachedOperand = empty_operand(*sizes)
@@ -96,6 +107,8 @@ class KVCache:
         self._check_room(tokens, counts)
         if tokens == 0:
             return
+        if self._rotation is not None:
+            k = k @ (self._rotation * KEY_ROTATION).to(k.dtype)
         if self.device.type == "cuda":
             from sage_kernels.kv_cache import launch  # noqa: PLC0415 Triton is slow to load and may be missing
 
@@ -144,13 +157,16 @@ class KVCache:
         if splits is not None and splits < 1:
             raise ValueError(f"splits must be at least 1, got {splits}")
         scale = self.head_dim**-0.5 if scale is None else float(scale)
+        dtype, q = q.dtype, self.rotate_queries(q)
         if self.device.type == "cuda":
             from sage_kernels.kv_cache import launch  # noqa: PLC0415 Triton is slow to load and may be missing
 
-            output, lse = launch.attend(q, self.key, self.value, self.lengths, self.capacity, scale, is_causal, splits)
+            output, lse = launch.attend(
+                q, self.key, self.value, self.lengths, self.capacity, scale, is_causal, splits, dtype=dtype
+            )
         else:
             output, lse = reference.attend(q, self.key, self.value, self.lengths, scale=scale, is_causal=is_causal)
-            output = output.to(q.dtype)
+            output = output.to(dtype)
         return (output, lse) if return_lse else output
 
     def reset(self, sequences: Tensor | None = None) -> None:
@@ -172,7 +188,15 @@ class KVCache:
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """Keys and values, float32 [B, Hkv, capacity, D]; what lies beyond a sequence's length means nothing."""
         key, value = reference.dequantize(self.key), reference.dequantize(self.value)
+        if self._rotation is not None:
+            key = key @ self._rotation.T / (self.head_dim * KEY_ROTATION)
         return key[:, :, : self.capacity], value[:, :, : self.capacity]
+
+    def rotate_queries(self, q: Tensor) -> Tensor:
+        """What the stored keys' scores are taken with: q [..., D] itself, or rotated and float32."""
+        if self._rotation is None:
+            return q
+        return q.float() @ (self._rotation / (self.head_dim * KEY_ROTATION))
 
     def _clamped(self, counts: Tensor | None, tokens: int) -> Tensor:
         return torch.full_like(self.lengths, tokens) if counts is None else counts.clamp(0, tokens)

@@ -12,8 +12,9 @@ from torch import Tensor
 from sage_kernels.kv_cache import triton_append, triton_decode
 from sage_kernels.kv_cache.storage import MEAN_TOKENS, TOP_EXPONENT, CachedOperand
 
-_APPEND_BLOCK = 32
+_APPEND_BLOCK = 16
 _MAX_SPLITS = 256
+_COMBINE_STEP = 16
 # Splits fill the GPU with this many programs a processor where each keeps enough keys to be worth its start and its
 # share of the second launch; where it doesn't, fewer programs do, but not fewer than the second number.
 _PROGRAMS_PER_PROCESSOR = (8, 2)
@@ -24,13 +25,14 @@ _KEYS_PER_SPLIT = 2048
 class DecodeConfig:
     """Sizes of the decode kernel: keys a step, warps of a program, tiles in flight, PTX or plain unpacking."""
 
-    block_n: int = 128
-    num_warps: int = 4
+    block_n: int = 64
+    num_warps: int = 2
     num_stages: int = 3
     ptx: bool = True
 
 
-DEFAULT_CONFIG = DecodeConfig()
+DEFAULT_CONFIG = DecodeConfig()  # the fastest of those tried on an H100: fewer warps wait less for each other
+MANY_ROWS_CONFIG = DecodeConfig(num_warps=4)  # whose accumulators two warps have no registers for
 INTERPRETED = DecodeConfig(ptx=False)
 
 
@@ -51,22 +53,19 @@ def append(
     with _on_device(x.device):
         triton_append.begin_sequences[(batch * heads,)](
             *(x, counts if has_counts else lengths, lengths, operand.means, operand.head_scales),
-            *(*strides, heads, tokens),
+            *(*strides, heads, tokens, int(has_counts)),
             HEAD_DIM=head_dim,
             BLOCK=_APPEND_BLOCK,
             LEAST=MEAN_TOKENS,
             TOP=TOP_EXPONENT,
-            HAS_COUNTS=has_counts,
         )
-        block = min(_APPEND_BLOCK, triton.next_power_of_2(tokens))
-        triton_append.append_tokens[(triton.cdiv(tokens, block), batch * heads)](
+        triton_append.append_tokens[(triton.cdiv(tokens, _APPEND_BLOCK), batch * heads)](
             *(x, counts if has_counts else lengths, written, operand.means, operand.head_scales),
             *(operand.codes, operand.scales, *strides, heads, tokens, capacity, operand.codes.shape[2]),
+            *(int(has_counts), int(rolling)),
             HEAD_DIM=head_dim,
             GROUP=head_dim // operand.scales.shape[-1],
-            BLOCK=block,
-            HAS_COUNTS=has_counts,
-            ROLLING=rolling,
+            BLOCK=_APPEND_BLOCK,
         )
 
 
@@ -79,20 +78,22 @@ def attend(
     scale: float,
     is_causal: bool,
     splits: int | None,
-    config: DecodeConfig = DEFAULT_CONFIG,
+    config: DecodeConfig | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Two launches; output [B, H, Nq, D] in q's dtype, LSE float32 [B, H, Nq]."""
+    """Two launches; output [B, H, Nq, D] in `dtype` (None: q's), LSE float32 [B, H, Nq]."""
     q = q if q.stride(-1) == 1 else q.contiguous()
     batch, heads, query_length, head_dim = q.shape
     kv_heads = key.codes.shape[1]
     group_heads = heads // kv_heads
-    output = q.new_empty(q.shape)
+    output = q.new_empty(q.shape, dtype=dtype)
     lse = q.new_empty((batch, heads, query_length), dtype=torch.float32)
     if output.numel() == 0:
         return output, lse
     rows = group_heads * query_length
-    block_m = min(64, max(16, triton.next_power_of_2(rows)))
+    block_m = 16 if rows <= 16 else 64
     row_blocks = triton.cdiv(rows, block_m)
+    config = config or (DEFAULT_CONFIG if block_m == 16 else MANY_ROWS_CONFIG)
     if splits is None:
         splits = _choose_splits(batch * kv_heads * row_blocks, capacity, _processors(q.device), config.block_n)
     splits = max(1, min(splits, _MAX_SPLITS))
@@ -101,10 +102,10 @@ def attend(
     with _on_device(q.device):
         triton_decode.attend_split[(splits, batch * kv_heads, row_blocks)](
             *(q, lengths, key.codes, key.scales, key.means, key.head_scales, value.codes, value.scales),
-            *(partial_outputs, partial_lse, scale, *q.stride()[:3], heads, query_length, key.codes.shape[2], splits),
+            *(partial_outputs, partial_lse, scale, *q.stride()[:3]),
+            *(heads, group_heads, query_length, key.codes.shape[2], splits),
             HEAD_DIM=head_dim,
             GROUP=head_dim // key.scales.shape[-1],
-            GROUP_HEADS=group_heads,
             BLOCK_M=block_m,
             BLOCK_N=config.block_n,
             CAUSAL=is_causal,
@@ -114,11 +115,11 @@ def attend(
         )
         triton_decode.combine_splits[(lse.numel(),)](
             *(partial_outputs, partial_lse, value.means, value.head_scales, output, lse),
-            *(lse.numel(), heads, query_length, splits),
+            *(lse.numel(), group_heads, query_length, splits),
             HEAD_DIM=head_dim,
-            GROUP_HEADS=group_heads,
-            SPLITS=triton.next_power_of_2(splits),
-            num_warps=4 if splits > 8 else 1,
+            MAX_SPLITS=_MAX_SPLITS,
+            STEP=_COMBINE_STEP,
+            num_warps=2,
         )
     return output, lse
 

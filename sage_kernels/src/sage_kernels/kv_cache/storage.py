@@ -9,6 +9,9 @@ HEAD_DIMS = (64, 128)
 GROUPS = (16, 32, 64)
 TOKEN_PADDING = 128  # the longest tile that a kernel reads
 MEAN_TOKENS = 16  # a sequence that begins with fewer tokens has nothing subtracted: its mean would be noise
+# Keys are multiplied by this times a matrix of signs, queries by what makes the product one: powers of two, which
+# 16-bit types hold, and of a size that keeps float16 keys in range.
+KEY_ROTATION = 0.125
 TOP_EXPONENT = 6  # the first tokens are brought below 2^6: 5 more powers of two are left for later, larger ones
 
 
@@ -45,3 +48,12 @@ def empty_operand(
         torch.zeros((batch, heads, head_dim), dtype=torch.float32, device=device),
         torch.ones((batch, heads), dtype=torch.float32, device=device),
     )
+
+
+def signed_hadamard(size: int, device: torch.device) -> Tensor:
+    """A Hadamard matrix with rows of random but fixed signs, [size, size] float32; M M^T is `size` times one."""
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
+    signs = torch.randint(0, 2, (size, 1), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return (matrix * signs).to(device)

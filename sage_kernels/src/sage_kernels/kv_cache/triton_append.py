@@ -26,7 +26,7 @@ def _power_of_two_to(absmax, TOP: tl.constexpr):
     return tl.where(usable, scale, 1.0)
 
 
-@triton.jit(do_not_specialize=["heads", "tokens"])
+@triton.jit(do_not_specialize=["heads", "tokens", "has_counts"])
 def begin_sequences(
     source,
     counts,
@@ -38,18 +38,16 @@ def begin_sequences(
     row_stride,
     heads,
     tokens,
+    has_counts,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     LEAST: tl.constexpr,
     TOP: tl.constexpr,
-    HAS_COUNTS: tl.constexpr,
 ):
     """Mean and power-of-two scale of a sequence that holds nothing yet; a sequence that does keeps what it has."""
     head = tl.program_id(0)
     batch = head // heads
-    count = tokens
-    if HAS_COUNTS:
-        count = tl.minimum(tl.maximum(tl.load(counts + batch), 0), tokens)
+    count = tl.where(has_counts != 0, tl.minimum(tl.maximum(tl.load(counts + batch), 0), tokens), tokens)
     if (tl.load(lengths + batch) == 0) & (count > 0):
         source += batch.to(tl.int64) * batch_stride + (head % heads).to(tl.int64) * head_stride
         columns = tl.arange(0, HEAD_DIM)
@@ -92,7 +90,7 @@ def _round_by(magnitudes, absmax, LARGEST: tl.constexpr):
     return codes, scale8.to(tl.uint8, bitcast=True), tl.sum(difference * difference, 2)
 
 
-@triton.jit(do_not_specialize=["heads", "tokens", "capacity"])
+@triton.jit(do_not_specialize=["heads", "tokens", "capacity", "padded_capacity", "has_counts", "rolling"])
 def append_tokens(
     source,
     counts,
@@ -108,22 +106,19 @@ def append_tokens(
     tokens,
     capacity,
     padded_capacity,
+    has_counts,
+    rolling,
     HEAD_DIM: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
-    HAS_COUNTS: tl.constexpr,
-    ROLLING: tl.constexpr,
 ):
     """NVFP4 along head_dim, four over six, of BLOCK tokens of one head; the place of a token is what was written."""
     head = tl.program_id(1)
     batch = head // heads
-    count = tokens
-    if HAS_COUNTS:
-        count = tl.minimum(tl.maximum(tl.load(counts + batch), 0), tokens)
+    count = tl.where(has_counts != 0, tl.minimum(tl.maximum(tl.load(counts + batch), 0), tokens), tokens)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     place = tl.load(written + batch) + rows
-    if ROLLING:
-        place = place % capacity
+    place = tl.where(rolling != 0, place % capacity, place)
     valid = (rows < count) & (place < capacity)
     source += batch.to(tl.int64) * batch_stride + (head % heads).to(tl.int64) * head_stride
     columns = tl.arange(0, HEAD_DIM)

@@ -102,13 +102,13 @@ def _walk(
     return low_sum, high_sum, row_sum, row_max
 
 
-@triton.jit(do_not_specialize=["heads", "query_length", "padded_capacity", "splits"])
+@triton.jit(do_not_specialize=["heads", "query_length", "padded_capacity", "splits", "group_heads"])
 def attend_split(
     query, lengths, key_codes, key_scales, key_means, key_head_scales,
     value_codes, value_scales, partial_outputs, partial_lse,
     softmax_scale, query_batch_stride, query_head_stride, query_row_stride,
-    heads, query_length, padded_capacity, splits,
-    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, GROUP_HEADS: tl.constexpr,
+    heads, group_heads, query_length, padded_capacity, splits,
+    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys of one key head, for BLOCK_M of the rows (query row major, query head minor) it serves.
@@ -117,10 +117,10 @@ def attend_split(
     partial_lse [splits, B, H, Nq], in log2.
     """
     split, kv_head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    kv_heads = heads // GROUP_HEADS
+    kv_heads = heads // group_heads
     batch = kv_head // kv_heads
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    row, head = rows // GROUP_HEADS, (kv_head % kv_heads) * GROUP_HEADS + rows % GROUP_HEADS
+    row, head = rows // group_heads, (kv_head % kv_heads) * group_heads + rows % group_heads
     inside = row < query_length
     length = tl.load(lengths + batch)
 
@@ -147,7 +147,7 @@ def attend_split(
     full = tl.maximum(last, begin) // BLOCK_N * BLOCK_N
     if CAUSAL:
         limits = tl.minimum(length, tl.maximum(length - query_length + 1 + row, 0))
-        full = tl.minimum(full, tl.maximum(length - query_length + 1 + block * BLOCK_M // GROUP_HEADS, 0))
+        full = tl.minimum(full, tl.maximum(length - query_length + 1 + block * BLOCK_M // group_heads, 0))
         full = tl.maximum(full // BLOCK_N * BLOCK_N, begin)
     first = kv_head.to(tl.int64) * padded_capacity
     key_codes += first * (HEAD_DIM // 2)
@@ -180,27 +180,32 @@ def attend_split(
     tl.store(partial_lse + place, tl.where(empty, -_INF, lse), mask=inside)
 
 
-@triton.jit(do_not_specialize=["heads", "query_length", "splits"])
+@triton.jit(do_not_specialize=["rows", "query_length", "splits", "group_heads"])
 def combine_splits(
     partial_outputs, partial_lse, value_means, value_head_scales, output, lse,
-    rows, heads, query_length, splits,
-    HEAD_DIM: tl.constexpr, GROUP_HEADS: tl.constexpr, SPLITS: tl.constexpr,
+    rows, group_heads, query_length, splits,
+    HEAD_DIM: tl.constexpr, MAX_SPLITS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The output of one row from all splits, with the value head's mean and scale put back; LSE in natural log."""
     row = tl.program_id(0).to(tl.int64)
-    kv_head = row // query_length // GROUP_HEADS
+    kv_head = row // query_length // group_heads
     columns = tl.arange(0, HEAD_DIM)
-    numbers = tl.arange(0, SPLITS)
-    exists = numbers < splits
-    parts = tl.load(partial_lse + numbers.to(tl.int64) * rows + row, mask=exists, other=-_INF)
+    numbers = tl.arange(0, MAX_SPLITS)
+    parts = tl.load(partial_lse + numbers.to(tl.int64) * rows + row, mask=numbers < splits, other=-_INF)
     largest = tl.max(parts, 0)
     empty = largest == -_INF
-    weights = tl.math.exp2(parts - tl.where(empty, 0.0, largest))
-    total = tl.sum(weights, 0)
-    offsets = (numbers.to(tl.int64)[:, None] * rows + row) * HEAD_DIM + columns[None, :]
-    outputs = tl.load(partial_outputs + offsets, mask=exists[:, None], other=0.0)
+    shift = tl.where(empty, 0.0, largest)
+    total = tl.sum(tl.math.exp2(parts - shift), 0)
+    result = tl.zeros([HEAD_DIM], tl.float32)
+    for start in range(0, splits, STEP):
+        some = start + tl.arange(0, STEP)
+        exists = some < splits
+        part = tl.load(partial_lse + some.to(tl.int64) * rows + row, mask=exists, other=-_INF)
+        offsets = (some.to(tl.int64)[:, None] * rows + row) * HEAD_DIM + columns[None, :]
+        outputs = tl.load(partial_outputs + offsets, mask=exists[:, None], other=0.0)
+        result += tl.sum(outputs * tl.math.exp2(part - shift)[:, None], 0)
     # A split without keys has weight 0; of a row with none at all the quotient would be 0 / 0.
-    result = tl.sum(outputs * weights[:, None], 0) / tl.where(empty, 1.0, total)
+    result = result / tl.where(empty, 1.0, total)
     result = result / tl.load(value_head_scales + kv_head) + tl.load(value_means + kv_head * HEAD_DIM + columns)
     result = tl.where(empty, 0.0, result)
     tl.store(output + row * HEAD_DIM + columns, result.to(output.dtype.element_ty))
