@@ -33,7 +33,7 @@ class Decision:
         precision: the precision that the kernel computes in, or None.
         refusals: in order of preference, what was passed over and why.
         seconds: predicted time of the call from measured ones, or None where nothing of its kind was measured.
-        sixteen_bit_seconds: likewise with torch's fastest kernel; the quotient is the predicted speed-up.
+        sixteen_bit_seconds: likewise with torch's fastest kernel.
     """
 
     kernel: str | None
@@ -41,6 +41,13 @@ class Decision:
     refusals: tuple[Refusal, ...]
     seconds: float | None = None
     sixteen_bit_seconds: float | None = None
+
+    @property
+    def speedup(self) -> float | None:
+        """Predicted, over torch's fastest 16-bit kernel, preparation included; None where nothing was measured."""
+        if self.seconds is None or self.sixteen_bit_seconds is None:
+            return None
+        return self.sixteen_bit_seconds / self.seconds
 
     def __str__(self) -> str:
         lines = [f"kernel: {self.kernel or 'none'}" + (f" ({self.precision})" if self.precision else "")]

@@ -46,7 +46,7 @@ def predicted_seconds(call: AttentionCall, architecture: Architecture | None, me
     """Seconds of a whole call, preparation included; None where nothing of the kind was measured.
 
     Args:
-        call: a call without a mask tensor; with one, nothing is measured.
+        call: what is to be computed.
         architecture: of the call's device.
         method: name of a kernel, or one of SIXTEEN_BIT_METHODS.
     """
@@ -84,10 +84,10 @@ def slower_than_sixteen_bit(
 
 
 def _times_of(call: AttentionCall, architecture: Architecture | None) -> _Times | None:
-    if architecture is None or call.attn_mask is not None:
+    if architecture is None:
         return None
     head_dim = next(size for size in HEAD_DIM_CLASSES if call.head_dim <= size)
-    return _load(TABLE).get((architecture.name, head_dim, call.is_causal))
+    return _load(TABLE).get((architecture.name, head_dim, call.is_causal, call.attn_mask is not None))
 
 
 def _effective_length(call: AttentionCall, heads: int) -> float:
@@ -108,10 +108,10 @@ def _interpolate(length: float, lengths: tuple[int, ...], costs: tuple[float, ..
 
 
 @lru_cache
-def _load(path: Path) -> dict[tuple[str, int, bool], _Times]:
+def _load(path: Path) -> dict[tuple[str, int, bool, bool], _Times]:
     table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return {
-        (architecture, row["head_dim"], row["is_causal"]): _read_row(row)
+        (architecture, row["head_dim"], row["is_causal"], row["has_mask"]): _read_row(row)
         for architecture, entry in table.items()
         for row in entry["rows"]
     }
