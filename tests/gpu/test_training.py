@@ -33,11 +33,9 @@ KINDS = [
     ("int8", True, 64, BF16),
     ("int8", False, 128, BF16),
     ("int8", True, 128, BF16),
-    ("int8", True, 64, FP16),
     ("int8", True, 128, FP16),
     ("int8", True, 16, BF16),
     ("int8", False, 40, BF16),
-    ("int8", True, 96, BF16),
     ("fp8", True, 64, BF16),
     ("fp8", False, 128, BF16),
 ]
@@ -101,7 +99,8 @@ def test_long_sequences_agree_with_the_reference(within):
 def test_results_are_bit_identical_from_run_to_run(head_dim, within):
     tensors = make_tensors(2, 4, 2, 3000, 3000, head_dim, BF16, CUDA)
     first, _ = run(*tensors, is_causal=True)
-    different = sum(not torch.equal(x, y) for _ in range(20) for x, y in zip(first, run(*tensors, is_causal=True)[0]))
+    again = [run(*tensors, is_causal=True)[0] for _ in range(20)]
+    different = sum(not torch.equal(x, y) for results in again for x, y in zip(first, results, strict=True))
     within(different, 0.5)
 
 
