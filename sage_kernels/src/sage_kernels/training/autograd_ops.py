@@ -15,7 +15,8 @@ from sage_kernels.training.recipe import RECIPES
 _SAVED = "Tensor lse, Tensor query, Tensor query_scales, Tensor key, Tensor key_scales"
 _OPTIONS = "bool is_causal, float scale, str layout, str precision, bool emulate"
 _FORWARD = f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor output, {_SAVED})"
-_BACKWARD = f"(Tensor d_output, Tensor? q, Tensor? k, Tensor v, Tensor output, {_SAVED}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+_TENSORS = f"Tensor d_output, Tensor? q, Tensor? k, Tensor v, Tensor output, {_SAVED}"
+_BACKWARD = f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
 _NO_SECOND_DERIVATIVE = (
     "trainable_attention has no second derivative: its backward pass can't be differentiated (create_graph=True). "
     "Use torch.nn.functional.scaled_dot_product_attention with the math backend there."

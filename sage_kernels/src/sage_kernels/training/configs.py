@@ -28,7 +28,10 @@ class BlockConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The three kernels that multiply: a program of `key_value` keeps its keys, one of the others its queries."""
+    """The three kernels that multiply: a program of `key_value` keeps its keys, one of the others its queries.
+
+    split_head_dim: dK and dV as two halves of head_dim, so that an INT8 product needs fewer registers at a time.
+    """
 
     forward: BlockConfig
     key_value: BlockConfig
@@ -48,8 +51,10 @@ class TrainingConfig:
 def find_config(architecture: Architecture | None, block_d: int) -> TrainingConfig:
     """The row for a head_dim padded to `block_d`; None is Triton's interpreter on the CPU."""
     if architecture is not None and architecture.shared_memory >= 227 << 10:
+        if block_d <= 64:
+            return TrainingConfig(BlockConfig(64, 128, 4, 3), BlockConfig(64, 128, 8, 3), BlockConfig(128, 128, 8, 2))
         return TrainingConfig(
-            BlockConfig(128, 128, 8, 3), BlockConfig(64, 128, 8, 2), BlockConfig(128, 64, 8, 3), block_d > 64
+            BlockConfig(64, 128, 4, 3), BlockConfig(64, 128, 8, 3), BlockConfig(128, 128, 8, 2), split_head_dim=True
         )
     if block_d <= 64:
         return TrainingConfig(BlockConfig(128, 64, 4, 2), BlockConfig(64, 64, 4, 2), BlockConfig(64, 64, 4, 2))

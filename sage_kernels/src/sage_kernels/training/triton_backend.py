@@ -13,6 +13,7 @@ from sage_kernels.training.configs import TrainingConfig, find_config
 from sage_kernels.training.recipe import RECIPES
 from sage_kernels.training.triton_launch import on_device
 
+_CHUNKS = 16  # pieces of a head's keys that are summed up side by side for their mean
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
@@ -78,19 +79,18 @@ def forward(
     value_codes, value_scales = torch.empty_like(saved.key), torch.empty_like(saved.key_scales)
     rows = 32 if block_d > 64 else 64
     steps = -(-key_length // rows)
-    chunks = min(16 if batch * kv_heads >= 24 else 32, 1 << (steps - 1).bit_length())
-    partials = saved.lse.new_empty((batch * kv_heads, chunks, block_d))
+    partials = saved.lse.new_empty((batch * kv_heads, _CHUNKS, block_d))
     with on_device(q.device):
-        quantize.sum_keys[(batch * kv_heads * chunks,)](
-            k, partials, *k.stride(), kv_heads, key_length, -(-steps // chunks),
-            HEAD_DIM=head_dim, BLOCK_D=block_d, ROWS=rows, CHUNKS=chunks, num_warps=8,
+        quantize.sum_keys[(batch * kv_heads * _CHUNKS,)](
+            k, partials, *k.stride(), kv_heads, key_length, -(-steps // _CHUNKS),
+            HEAD_DIM=head_dim, BLOCK_D=block_d, ROWS=rows, CHUNKS=_CHUNKS, num_warps=8,
         )  # fmt: skip
         query_programs = batch * heads * query_tiles
         quantize.quantize_inputs[(query_programs + batch * kv_heads * key_tiles,)](
             q, k, v, partials, saved.query, saved.query_scales, saved.key, saved.key_scales, value_codes, value_scales,
             *q.stride(), *k.stride(), *v.stride(),
             heads, kv_heads, query_length, key_length, query_tiles, key_tiles, query_programs, _sign(scale),
-            HEAD_DIM=head_dim, BLOCK_D=block_d, QUERY_TILE=recipe.query_tile, KEY_TILE=recipe.key_tile, CHUNKS=chunks,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, QUERY_TILE=recipe.query_tile, KEY_TILE=recipe.key_tile, CHUNKS=_CHUNKS,
             FP8=fp8, num_warps=8,
         )  # fmt: skip
         blocks = -(-query_length // config.forward.block_m)

@@ -21,10 +21,12 @@ def limit(FP8: tl.constexpr):
 @triton.jit
 def round_codes(x, FP8: tl.constexpr):
     """Codes of numbers that are within the codes' range."""
-    if FP8:
-        return x.to(tl.float8e4nv)
-    # Not a conversion to an integer: that goes through the pipe of the exponentials, which is the busiest.
-    return (x + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+    if FP8:  # noqa: SIM108 a branch of the compiler
+        codes = x.to(tl.float8e4nv)
+    else:
+        # Not a conversion to an integer: that goes through the pipe of the exponentials, which is the busiest.
+        codes = (x + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+    return codes
 
 
 @triton.jit
@@ -58,7 +60,7 @@ def load_rows(pointer, rows, row_stride, columns, column_stride, valid, HEAD_DIM
 
 @triton.jit
 def quantize_tile(x, FP8: tl.constexpr):
-    """Codes of [rows, columns] with one scale, and that scale [1]; NaN where the tile holds something that is not finite."""
+    """Codes of [rows, columns] with one scale, and that scale [1]: NaN where the tile is not finite everywhere."""
     magnitude = tl.abs(x)
     absmax = tl.max(tl.max(tl.where(magnitude < INF, magnitude, INF), 1), 0)
     # Divided, and correctly rounded: 16-bit numbers fall between two codes often enough for a reciprocal to tell.
