@@ -50,7 +50,8 @@ def test_a_machine_without_faults(machine, tmp_path):
     assert f"from {tmp_path.parent}" in text
     assert "GPU driver: 570.86, CUDA up to 12.8" in text
     assert "kernels in the package: 1, none damaged" in text
-    assert "cuda:0: RTX 5090 (sm_120)\n  runs: fp4, fp16\n  scaled_copy: ready in the package" in text
+    assert "cuda:0: RTX 5090 (sm_120)\n  runs: fp4, fp16\n  fp4: compiled for this GPU, never run on one" in text
+    assert "\n  scaled_copy: ready in the package" in text
     assert fixes(text) == ["- nothing: no problem was found"]
 
 

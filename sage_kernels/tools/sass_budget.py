@@ -339,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--correctors", type=int, default=4, help="correction warps of a thread block (default: 4)")
     parser.add_argument("--max-instructions", type=float, help="fail above this many a step")
     parser.add_argument("--max-mufu", type=float, help="fail above this many a step")
-    parser.add_argument("--output", type=Path, help="also write the report to this file, with the cubin's SHA-256 below the table")
+    parser.add_argument("--output", type=Path, help="also write the report and the cubin's SHA-256 here")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(arguments)
     useful = options.useful or useful_omma(options.rows, options.keys, options.head_dim)

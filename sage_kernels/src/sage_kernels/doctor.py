@@ -17,6 +17,7 @@ from sage_kernels.capabilities import DeviceCapabilities, capabilities
 from sage_kernels.cubin_cache import cache_folder
 from sage_kernels.cubin_loader import kernel_origin
 from sage_kernels.cubin_manifest import CubinManifest
+from sage_kernels.dispatch import NEVER_RUN
 from sage_kernels.driver import DriverError, KernelLoadError, cuda_driver
 from sage_kernels.kernel_variants import VARIANTS
 from sage_kernels.nvrtc import Nvrtc, find_libraries, search_folders
@@ -41,6 +42,7 @@ def doctor() -> str:
         lines.append(f"{device.device}: {device.name}" + (f" ({device.architecture})" if device.architecture else ""))
         lines.append(f"  runs: {', '.join(device.precisions)}")
         lines += [f"  not {refusal}" for refusal in device.refusals]
+        lines += _never_run(torch.device(device.device))
         lines += _kernels(torch.device(device.device), fixes)
         if "int8" in device.precisions and _triton_version() is None:
             fixes.append(_triton_fix(device))
@@ -129,6 +131,13 @@ def _cache() -> Iterator[str]:
     count = len(list(folder.glob("*.cubin")))
     if count:
         yield f"kernels compiled on this machine: {count}, in {folder}"
+
+
+def _never_run(device: torch.device) -> Iterator[str]:
+    """One line per precision that no GPU of this kind ever ran."""
+    architecture = device_architecture(device)
+    for precision in architecture.never_run if architecture else ():
+        yield f"  {precision}: {NEVER_RUN}; `sage-kernels selftest` checks it"
 
 
 def _kernels(device: torch.device, fixes: list[str]) -> Iterator[str]:
