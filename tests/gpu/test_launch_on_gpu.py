@@ -1,10 +1,9 @@
-"""Compile, load and launch on a real GPU, with the example kernel: streams, threads, graphs, devices, cost."""
+"""Compile, load and launch on a real GPU, with the example kernel: streams, threads, graphs, devices, the cache."""
 
 import logging
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU"),
 ]
 COUNT = 1000
-LAUNCH_MICROSECONDS = 10  # of host time
 
 
 @pytest.fixture(scope="module")
@@ -167,18 +165,8 @@ def test_what_is_no_cubin_is_an_error_and_not_a_crash():
     assert torch.ones(3, device="cuda").sum().item() == 3
 
 
-def test_a_planned_launch_costs_a_few_microseconds_of_host_time(load):
+def test_a_planned_launch_computes(load):
     source, destination = torch.ones(COUNT, device="cuda"), torch.zeros(COUNT, device="cuda")
     template = ParameterTemplate(Parameters(count=COUNT, scale=1.0), {}, ("source", "destination"))
-    sequence = LaunchSequence(((load(), 8),), template)
-    addresses = source.data_ptr(), destination.data_ptr()
-    best = float("inf")
-    for _ in range(20):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(100):  # fewer than fill the launch queue
-            sequence.start(0, *addresses)
-        best = min(best, (time.perf_counter() - start) / 100)
-    print(f"host time of a launch: {best * 1e6:.2f} µs")
+    LaunchSequence(((load(), 8),), template).start(0, source.data_ptr(), destination.data_ptr())
     assert torch.equal(destination, source * 6)
-    assert best * 1e6 < LAUNCH_MICROSECONDS
