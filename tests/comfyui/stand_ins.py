@@ -41,7 +41,7 @@ CLIP_L = {
     "num_attention_heads": 12, "hidden_act": "quick_gelu", "max_position_embeddings": 77, "eos_token_id": 49407,
 }  # fmt: skip
 LLAMA = {
-    "vocab_size": 320, "hidden_size": LLAMA_DIM, "intermediate_size": 128, "num_hidden_layers": 3,
+    "vocab_size": 320, "hidden_size": LLAMA_DIM, "intermediate_size": 128, "num_hidden_layers": 4,
     "num_attention_heads": 1, "num_key_value_heads": 1,
 }  # fmt: skip
 
