@@ -12,6 +12,7 @@ counts.
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def copy_bandwidth() -> float:
 def read_bandwidth() -> float:
     """Bytes a second of a reduction over a large tensor."""
     source = torch.randn(1 << 29, device="cuda")
-    return 4 * source.numel() / (graph_ms([lambda: source.sum()], 9) / 1000)
+    return 4 * source.numel() / (graph_ms([source.sum], 9) / 1000)
 
 
 def measure(batch: int, keys: int, replays: int, bandwidth: float) -> list[dict[str, Any]]:
@@ -94,11 +95,11 @@ def measure(batch: int, keys: int, replays: int, bandwidth: float) -> list[dict[
 
     for group in (16, 32):
         caches = [filled(k, v, group) for _, k, v in inputs]
-        calls = [lambda c=c, q=q: c.attend(q) for c, (q, _, _) in zip(caches, inputs, strict=True)]
+        calls = [partial(cache.attend, q) for cache, (q, _, _) in zip(caches, inputs, strict=True)]
         add(f"fp4_cache_{group}", calls, cache_bytes(batch, keys, group))
     for name, backend in BACKENDS.items():
-        add(f"sdpa_{name}", [lambda x=x, b=backend: packed_sdpa(x, b) for x in inputs], bytes_16)
-    add("sdpa_flash_gqa", [lambda x=x: grouped_sdpa(x) for x in inputs], bytes_16)
+        add(f"sdpa_{name}", [partial(packed_sdpa, x, backend) for x in inputs], bytes_16)
+    add("sdpa_flash_gqa", [partial(grouped_sdpa, x) for x in inputs], bytes_16)
     best = min((row for row in rows if row["method"].startswith("sdpa")), key=lambda row: row["ms"])
     for row in rows:
         row["speedup"] = best["ms"] / row["ms"]

@@ -4,6 +4,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 Cell = str | float | int | None
 
@@ -65,6 +66,13 @@ class Document:
         page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(self.title)}</title>'
         page += f"<style>{_STYLE}</style><body><h1>{html.escape(self.title)}</h1>" + "\n".join(self._html)
         (folder / "report.html").write_text(page + "</body></html>\n", encoding="utf-8")
+
+
+def source(description: dict[str, Any]) -> str:
+    """Machine, versions and commit of a result file."""
+    where = description["gpu"] or f"CPU ({description['machine']})"
+    versions = f"torch {description['torch']}, commit `{description['commit'][:12]}`, {description['date']}"
+    return f"Measured on {where}, {versions}."
 
 
 def _cell(cell: Cell) -> str:

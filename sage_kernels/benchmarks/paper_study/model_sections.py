@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from paper_study import plots, published
-from paper_study.document import Document
+from paper_study.document import Document, source
 
 Rows = list[dict[str, Any]]
 # Rows of the trade-off and the methods of results/attention.json that are their speed on the GPU at hand.
@@ -15,11 +15,6 @@ MEASURED = {
     "ours: int8_fp16": "int8_fp16",
     "ours: int8": "int8",
 }
-
-
-def _source(description: dict[str, Any]) -> str:
-    where = description["gpu"] or f"CPU ({description['machine']})"
-    return f"Measured on {where}, torch {description['torch']}, commit `{description['commit'][:12]}`, {description['date']}."
 
 
 def drift(document: Document, rows: Rows, report: Path) -> None:
@@ -100,13 +95,15 @@ def trade_off(document: Document, rows: Rows, attention: dict[str, Any] | None, 
     document.table([*header, "H100, ours, TFLOP/s"], lines)
     if attention is None:
         document.text(
-            "No speeds of ours: `results/attention.json` is missing; `python sage_kernels/benchmarks/attention.py` on a GPU "
+            "No speeds of ours: `results/attention.json` is missing; `python sage_kernels/benchmarks/attention.py` "
+            "on a GPU "
             "writes it."
         )
     else:
         document.text(
-            "Ours: the best of the shapes of head_dim 128 without a mask, whole calls with quantisation; FlashAttention3's "
-            "line has cuDNN's kernel, which is what torch has in its place. " + _source(attention)
+            "Ours: the best of the shapes of head_dim 128 without a mask, whole calls with quantisation; "
+            "FlashAttention3's "
+            "line has cuDNN's kernel, which is what torch has in its place. " + source(attention)
         )
     document.text(
         "FP4 has no speed of ours: no GPU with FP4 tensor cores was at hand. FlashAttention-3's FP8 is taken with one "
@@ -131,7 +128,8 @@ def caches(document: Document, rows: Rows, decode: dict[str, Any] | None, report
     """4-bit caches: quality of all, speed of ours."""
     document.heading("4-bit caches of keys and values")
     document.text(
-        "QServe, Atom and QuaRot quantise K and V to INT4 with a scale and zero point for each token and head and compute "
+        "QServe, Atom and QuaRot quantise K and V to INT4 with a scale and zero point for each token and head and "
+        "compute "
         "attention in 16 bit; they are reference implementations after their papers, without their weight "
         "quantisation. Ours stores NVFP4 with the mean of the first tokens subtracted and the better of two scales."
     )
@@ -144,15 +142,17 @@ def caches(document: Document, rows: Rows, decode: dict[str, Any] | None, report
         lines.append([method, *figures, *(f"{x['cosine']:.5f} / {x['rel_l1']:.4f}" if x else None for x in cells)])
     document.table(["", "paper: wikitext PPL", "paper: LAMBADA", *(f"{name}: cosine / L1" for name in sets)], lines)
     document.text(
-        "The paper finds SageAttention3 more accurate than either cache on a language model, although it also quantises Q "
-        "and P. That is not what these tensors say throughout: with Q and P in 16 bit a 4-bit cache errs less wherever its "
+        "The paper finds SageAttention3 more accurate than either cache on a language model, although it also "
+        "quantises Q "
+        "and P. That is not what these tensors say throughout: with Q and P in 16 bit a 4-bit cache errs less "
+        "wherever its "
         "K is smoothed or rotated; Atom's, which is neither, errs most where channels have outliers."
     )
     if decode is None:
         document.text("Decoding speed: `results/kv_decode.json` is missing; `kv_decode.py` on a GPU writes it.")
         return
     document.text(
-        f"Decoding one token, 32 query heads on 8 key heads of 128. {_source(decode)} The floor is bytes over the "
+        f"Decoding one token, 32 query heads on 8 key heads of 128. {source(decode)} The floor is bytes over the "
         f"bandwidth of reading, {decode['read_bytes_per_second'] / 1e12:.2f} TB/s (a copy moves "
         f"{decode['copy_bytes_per_second'] / 1e12:.2f} TB/s)."
     )
@@ -176,8 +176,10 @@ def caches(document: Document, rows: Rows, decode: dict[str, Any] | None, report
     ]
     document.table(header, lines)
     document.text(
-        "The paper gives 4 x as the theoretical speed-up of a 4-bit cache; with its scales the bytes allow 3.56 x. Ours "
-        "stays under it because unpacking E2M1 takes as many instructions as Hopper can issue in the time the bytes take."
+        "The paper gives 4 x as the theoretical speed-up of a 4-bit cache; with its scales the bytes allow 3.56 x. "
+        "Ours "
+        "stays under it because unpacking E2M1 takes as many instructions as Hopper can issue in the time the bytes "
+        "take."
     )
 
 
@@ -188,9 +190,11 @@ def end_to_end(document: Document, result: dict[str, Any] | None) -> None:
         document.text("`results/end_to_end.json` is missing; `end_to_end.py` on a GPU writes it.")
         return
     document.text(
-        f"{result['clips']} clips of {result['steps']} steps a method: every digit in every direction. The digit is read "
-        "by a classifier trained on real digits, the direction by the digit's path; PSNR, SSIM and L1 against the 16-bit "
-        f"clips. {_source(result)}"
+        f"{result['clips']} clips of {result['steps']} steps a method: every digit in every direction. The digit is "
+        "read "
+        "by a classifier trained on real digits, the direction by the digit's path; PSNR, SSIM and L1 against the "
+        "16-bit "
+        f"clips. {source(result)}"
     )
     lines = []
     for row in result["rows"]:
@@ -210,6 +214,7 @@ def end_to_end(document: Document, result: dict[str, Any] | None) -> None:
             by_name["fp16"]["digit_accuracy_clip"] * (1 - by_name["fp16"]["digit_accuracy_clip"]) / result["clips"]
         ) ** 0.5
         document.text(
-            f"FP4 loses {loss:+.1%} of digits against 16 bit; the standard error of such a share over {result['clips']} clips "
+            f"FP4 loses {loss:+.1%} of digits against 16 bit; the standard error of such a share over "
+            f"{result['clips']} clips "
             f"is {error:.1%}."
         )

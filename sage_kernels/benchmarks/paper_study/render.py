@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from paper_study import chips, plots, published
-from paper_study.document import Document
+from paper_study.document import Document, source
 from paper_study.model_sections import caches, drift, end_to_end, trade_off
 from paper_study.verdicts import VERDICTS
 
@@ -16,14 +16,14 @@ SETS = (MAIN_SET, "sentence_model", "biased", "sharp")
 # Why our figures stand elsewhere than the paper's, where they do.
 REASONS = {
     "smoothing": (
-        "CogVideoX-2B's Q and K carry larger shared biases than the demo model's, whose Q and K are normalised by RMS "
-        "before attention: without smoothing it loses less, and smoothing wins less. The order that the paper found "
-        "(smoothing beats SmoothQuant and Hadamard, smooth Q and K together are best) is what the table is to be read "
-        "for; where a set breaks it, the set's own column says so."
+        "The models differ in what smoothing has to remove. The demo model normalises Q and K before attention and its "
+        "heads share little bias, so that without smoothing it loses a fraction of what CogVideoX-2B loses, the mean "
+        "of K holds little, and what is left is channels of different size, which a rotation evens out. The synthetic "
+        "biased set has what the paper's model has, and there the paper's order holds."
     ),
     "precisions": (
-        "The INT8 rows depend on how large the heads' outliers are; the demo model's attention is sharper than "
-        "CogVideoX-2B's in its late steps, so that 8 bits lose more and FP4 about as much."
+        "P in INT8 has the fixed scale 1 / 127 here, so that weights below 1 / 254 of a row's largest vanish; the "
+        "paper's text does not say how it scales P. Q and K in INT8 have a scale for each query row, finer than blocks."
     ),
 }
 
@@ -71,12 +71,6 @@ def introduction(document: Document, paper: dict[str, Any]) -> None:
         [f"`{x['name']}`: {x['what']}; {x['rows']} query rows of each. {source(x['measured'])}" for x in paper["sets"]]
     )
     document.text("Again: `python sage_kernels/benchmarks/paper.py`, and `--render` for the report alone.")
-
-
-def source(description: dict[str, Any]) -> str:
-    """Machine, versions and commit of a result."""
-    where = description["gpu"] or f"CPU ({description['machine']})"
-    return f"Measured on {where}, torch {description['torch']}, commit `{description['commit'][:12]}`, {description['date']}."
 
 
 def find(rows: Rows, table: str, method: str, name: str) -> dict[str, Any] | None:
@@ -149,7 +143,8 @@ def two_level(document: Document, rows: Rows) -> None:
     document.heading("Two-level against direct quantisation of P")
     document.text(
         "The paper stretches each row of P to 448 x 6 so that its group scales use all of E4M3. It gives no figures in "
-        "its reviews; the last row leaves three powers of two of headroom, so that O need not be rescaled at every step."
+        "its reviews; the last row leaves three powers of two of headroom, so that O need not be rescaled at every "
+        "step."
     )
     lines: list[list[Any]] = []
     for method in names_of(rows, "two_level"):
@@ -182,7 +177,8 @@ def theoretical(document: Document) -> None:
     document.table(header, lines)
     document.text(
         "Dense, float32 accumulation. RTX 5090 and H100 are processors times clock times operations a cycle; B200 and "
-        "B300 are NVIDIA's figures for the GB200 and GB300 boards, which are also the paper's. The air-cooled B200 has a "
+        "B300 are NVIDIA's figures for the GB200 and GB300 boards, which are also the paper's. The air-cooled B200 "
+        "has a "
         "tenth less. None of it is a measurement, and no Blackwell GPU was at hand."
     )
 
@@ -196,7 +192,8 @@ def memory(document: Document, attention: dict[str, Any] | None) -> None:
     document.table(["GB", *shapes], [[name, *(column[name] for column in columns)] for name in columns[0]])
     document.text(
         "The paper says that SageAttention3 takes what FlashAttention takes. That leaves out what its public kernel "
-        "allocates for smoothing Q, delta_s as a float32 matrix of N / 128 by N for each head and a temporary copy of half "
+        "allocates for smoothing Q, delta_s as a float32 matrix of N / 128 by N for each head and a temporary copy "
+        "of half "
         "its size, which at video lengths is several times Q, K and V. Ours has no such matrix: delta_s comes from FP4 "
         "means and two FP4 digits of K inside the kernel."
     )

@@ -34,7 +34,6 @@ class Decision:
         precision: the precision that the kernel computes in, or None.
         refusals: in order of preference, what was passed over and why.
         seconds: predicted time of the call from measured ones, or None where nothing of its kind was measured.
-        sixteen_bit_seconds: likewise with torch's fastest kernel.
         sixteen_bit_seconds: likewise with torch's fastest kernel; the quotient is the predicted speed-up.
         never_run: whether the kernel is compiled for this GPU but ran on other GPUs only.
     """

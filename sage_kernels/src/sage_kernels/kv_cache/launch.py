@@ -126,14 +126,14 @@ def attend(
 
 def _choose_splits(programs: int, capacity: int, processors: int, block_n: int) -> int:
     most, least = (triton.cdiv(each * processors, programs) for each in _PROGRAMS_PER_PROCESSOR)
-    return min(most, max(least, triton.cdiv(capacity, _KEYS_PER_SPLIT)), triton.cdiv(capacity, block_n))
+    return int(min(most, max(least, triton.cdiv(capacity, _KEYS_PER_SPLIT)), triton.cdiv(capacity, block_n)))
 
 
 @lru_cache
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @contextlib.contextmanager
