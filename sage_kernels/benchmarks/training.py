@@ -4,7 +4,7 @@
 
 Q, K, V and the gradient of the output are random in bfloat16, K with a bias for each head. Methods take turns on the
 same tensors; times are medians of one forward and one backward pass, quantisation included, and TFLOP/s are over 3.5
-times times the operations of a forward pass. The error is the mean relative L1 of dQ, dK and dV to exact gradients of the
+times the operations of a forward pass. The error is the mean relative L1 of dQ, dK and dV to exact gradients of the
 same kind of tensors at 2,048 tokens. Memory is the peak of both passes beyond inputs, output and gradients.
 """
 
