@@ -1,16 +1,19 @@
 """The public trainable_attention and its operators, with the reference in the kernels' place: no GPU is needed."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 import sage_kernels
+import training_ranks
 from sage_kernels.architectures import find_architecture
 from sage_kernels.dispatch import UnsupportedAttention
-from sage_kernels.training import attention as training_attention
-from sage_kernels.training import emulated_attention, trainable_attention
-
-NAMES = ("dq", "dk", "dv")
+from sage_kernels.training import emulated_attention, refusals, trainable_attention
 
 
 def qkv(batch=1, heads=2, kv_heads=2, rows=70, keys=70, head_dim=32, dtype=torch.bfloat16, seed=0):
@@ -173,13 +176,41 @@ def test_devices_without_kernels_are_refused_with_what_to_do():
     ],
 )
 def test_each_architecture_says_why_not(monkeypatch, capability, head_dim, precision, reason):
-    monkeypatch.setattr(training_attention, "device_architecture", lambda device: find_architecture(capability))
-    monkeypatch.setattr(training_attention, "triton_is_missing", lambda: False)
-    found = training_attention.refusal(torch.device("cuda"), head_dim, precision)
+    monkeypatch.setattr(refusals, "device_architecture", lambda device: find_architecture(capability))
+    monkeypatch.setattr(refusals, "triton_is_missing", lambda: False)
+    found = refusals.refusal(torch.device("cuda"), head_dim, precision)
     assert (found is None) if reason is None else (reason in found)
 
 
 def test_a_missing_triton_is_named(monkeypatch):
-    monkeypatch.setattr(training_attention, "device_architecture", lambda device: find_architecture((9, 0)))
-    monkeypatch.setattr(training_attention, "triton_is_missing", lambda: True)
-    assert "pip install triton" in training_attention.refusal(torch.device("cuda"), 64, "int8")
+    monkeypatch.setattr(refusals, "device_architecture", lambda device: find_architecture((9, 0)))
+    monkeypatch.setattr(refusals, "triton_is_missing", lambda: True)
+    assert "pip install triton" in refusals.refusal(torch.device("cuda"), 64, "int8")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_average_their_gradients(kind, tmp_path):
+    paths = [*(entry for entry in sys.path if entry), str(Path(training_ranks.__file__).parent)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    commands = [[sys.executable, training_ranks.__file__, kind, str(rank), str(tmp_path)] for rank in range(2)]
+    ranks = [
+        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        for command in commands
+    ]
+    try:
+        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    found = torch.load(tmp_path / "gradients.pt")
+    model, batch = training_ranks.make_model_and_data()
+    model(batch).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert relative_l1(found[name], parameter.grad) < 1e-5, name
+
+
+def test_devices_without_kernels_are_refused_in_compiled_graphs_too():
+    compiled = torch.compile(trainable_attention, fullgraph=True, backend="eager")
+    with pytest.raises(UnsupportedAttention, match="needs a CUDA GPU"):
+        compiled(*qkv())

@@ -16,7 +16,7 @@ from sage_kernels.architectures import ARCHITECTURES
 
 pytest.importorskip("triton", reason="Triton is not installed")
 ROOT = Path(__file__).resolve().parent.parent
-CAPABLE = [row for row in ARCHITECTURES if "int8" in row.runnable]
+CAPABLE = [row for row in ARCHITECTURES if row.name in {"sm_80", "sm_90", "sm_120"}]  # one of each generation
 
 
 def start(command, **environment):
@@ -37,8 +37,9 @@ def test_kernels_agree_with_the_reference_in_the_interpreter():
 
 
 @pytest.mark.parametrize("row", CAPABLE, ids=lambda row: row.name)
-def test_kernels_compile_and_fit_into_shared_memory(row):
-    run = start(["tests/support/compile_training_triton.py", ".".join(map(str, row.capability))])
+def test_kernels_compile_and_fit_into_shared_memory(row, tmp_path):
+    command = ["tests/support/compile_training_triton.py", ".".join(map(str, row.capability))]
+    run = start(command, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
     assert run.returncode == 0, run.stderr
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
     assert {kernel["kernel"] for kernel in kernels} == {

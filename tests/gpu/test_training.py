@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sage_kernels.architectures import device_architecture
 from sage_kernels.training import trainable_attention, triton_backend
-from sage_kernels.training.attention import refusal
 from sage_kernels.training.configs import find_config
+from sage_kernels.training.refusals import refusal
 from training_cases import exact, expected, make_tensors, relative_l1, run
 from training_workers import call_once
 
@@ -27,7 +27,9 @@ BF16, FP16 = torch.bfloat16, torch.float16
 # side; FP8's steps are larger, and its tensor cores add up with 14 bits.
 BOUND = {"int8": 5e-3, "fp8": 1.5e-2}
 QUALITY = {"int8": 0.035, "fp8": 0.09}  # relative L1 to exact attention, for output and gradients
-LSE_BOUND = 2e-4  # mean error; a code of K that fell to the other side moves the LSE of a row of few keys by 0.01
+# Mean error. A code of K that fell to the other side moves the LSE of a row of few keys by 0.01; FP8 tensor cores add
+# up scores, whose terms are ten times as large in all, with 14 bits.
+LSE_BOUND = {"int8": 2e-4, "fp8": 3e-3}
 KINDS = [  # few, because each takes compiling; Triton's interpreter runs more
     ("int8", False, 64, BF16),
     ("int8", True, 64, BF16),
@@ -71,7 +73,7 @@ def check(within, tensors, precision, **options):
         if float(z.abs().max()) > 1e-6:  # one key: dQ and dK are zero
             within(relative_l1(x, y), BOUND[precision])
             within(relative_l1(x, z), QUALITY[precision])
-    within(float((lse - wanted_lse).abs().mean()), LSE_BOUND)
+    within(float((lse - wanted_lse).abs().mean()), LSE_BOUND[precision])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -39,16 +39,16 @@ def check(tensors, precision="int8", config=None, **options):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_output_and_gradients_agree_with_the_reference(precision, is_causal):
-    check(make_tensors(2, 2, 1, 140, 200, 64, torch.bfloat16), precision, is_causal=is_causal)
+    check(make_tensors(1, 2, 1, 70, 150, 64, torch.bfloat16), precision, is_causal=is_causal)
 
 
-@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (1, 200), (129, 130), (200, 2)])
+@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (1, 200), (129, 130), (150, 2)])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_every_length_agrees_with_the_reference(rows, keys, is_causal):
-    check(make_tensors(1, 2, 2, rows, keys, 32, torch.float16), is_causal=is_causal)
+    check(make_tensors(1, 1, 1, rows, keys, 32, torch.float16), is_causal=is_causal)
 
 
-@pytest.mark.parametrize("head_dim", [1, 40, 96, 128])
+@pytest.mark.parametrize("head_dim", [1, 40, 128])
 def test_every_head_dim_agrees_with_the_reference(head_dim):
     check(make_tensors(1, 1, 1, 70, 60, head_dim, torch.bfloat16), is_causal=True)
 
@@ -63,7 +63,7 @@ def test_scales_agree_with_the_reference(scale):
 def test_other_blocks_are_those_of_their_recipe(split, is_causal):
     blocks = (BlockConfig(64, 128, 4, 1), BlockConfig(32, 128, 4, 1), BlockConfig(128, 128, 4, 1))
     check(
-        make_tensors(1, 2, 2, 150, 300, 40, torch.bfloat16),
+        make_tensors(1, 1, 1, 150, 140, 40, torch.bfloat16),
         config=TrainingConfig(*blocks, split),
         is_causal=is_causal,
     )
@@ -76,7 +76,7 @@ def test_tensors_of_any_size_are_as_accurate(size):
 
 @pytest.mark.parametrize("view", ["transposed", "sliced", "head_dim_strided"])
 def test_any_strides_give_the_same_result(view):
-    tensors = make_tensors(2, 2, 2, 50, 60, 64, torch.bfloat16)
+    tensors = make_tensors(1, 2, 2, 50, 60, 64, torch.bfloat16)
     wanted = check(tensors)
     if view == "transposed":
         tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
@@ -90,8 +90,8 @@ def test_any_strides_give_the_same_result(view):
 @pytest.mark.parametrize("which", range(4))
 @pytest.mark.parametrize("fault", [torch.nan, torch.inf])
 def test_faults_of_the_inputs_are_not_hidden(which, fault):
-    tensors = make_tensors(1, 1, 1, 100, 140, 64, torch.bfloat16)
-    tensors[which][0, 0, 70, 5] = fault
+    tensors = make_tensors(1, 1, 1, 70, 60, 64, torch.bfloat16)
+    tensors[which][0, 0, 50, 5] = fault
     results, _ = run(*tensors)
     for x, y in zip(results, exact(*tensors), strict=True):
         assert not (x.isfinite() & ~y.isfinite()).any()

@@ -3,18 +3,10 @@
 import torch
 from torch import Tensor
 
-from sage_kernels.architectures import device_architecture
 from sage_kernels.attention_call import make_call
-from sage_kernels.dispatch import Decision, Refusal, UnsupportedAttention
 from sage_kernels.training import autograd_ops  # registers torch.ops.sage_kernels.trainable_attention
 from sage_kernels.training.recipe import RECIPES
-from sage_kernels.training.triton_launch import NO_TRITON, triton_is_missing
-
-MAX_HEAD_DIM = 128
-_ADVICE = (
-    "Use torch.nn.functional.scaled_dot_product_attention there, or sage_kernels.training.emulated_attention, which "
-    "computes the same numbers slowly on any device."
-)
+from sage_kernels.training.refusals import require_kernels
 
 
 def trainable_attention(
@@ -73,20 +65,6 @@ def emulated_attention(
     return _attention(q, k, v, is_causal, scale, enable_gqa, layout, precision, emulate=True)
 
 
-def refusal(device: torch.device, head_dim: int, precision: str) -> str | None:
-    """Why no kernel here can do it, in plain words, or None."""
-    architecture = device_architecture(device)
-    if head_dim > MAX_HEAD_DIM:
-        return f"head_dim must be at most {MAX_HEAD_DIM}, got {head_dim}"
-    if architecture is None:
-        return "needs a CUDA GPU"
-    if "int8" not in architecture.runnable:
-        return f"{architecture.name} ({architecture.products}) {architecture.refusals['int8']}"
-    if precision == "fp8" and not architecture.fp8_mma:
-        return f"{architecture.name} ({architecture.products}) has no FP8 tensor cores; use precision='int8'"
-    return NO_TRITON if triton_is_missing() else None
-
-
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -104,10 +82,8 @@ def _attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in (q, k, v))
     call = make_call(q, k, v, None, is_causal, scale, enable_gqa, None, layout, "auto", False, False)
-    reason = None if emulate else refusal(call.device, call.head_dim, precision)
-    if reason is not None:
-        decision = Decision(None, None, (Refusal(f"{precision}_training", reason),))
-        raise UnsupportedAttention(decision, precision, "trainable_attention", _ADVICE)
+    if not emulate and not torch.compiler.is_compiling():  # in compiled graphs the operator asks when it runs
+        require_kernels(call.device, call.head_dim, precision)
     operands = (call.query, call.key, call.value)
     if q.dtype == torch.float32:
         operands = (call.query.bfloat16(), call.key.bfloat16(), call.value.bfloat16())

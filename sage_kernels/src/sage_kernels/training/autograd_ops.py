@@ -11,6 +11,7 @@ from torch import Tensor
 from sage_kernels.kernels.tensor_layout import empty_output
 from sage_kernels.training import reference, triton_backend
 from sage_kernels.training.recipe import RECIPES
+from sage_kernels.training.refusals import require_kernels
 
 _SAVED = "Tensor lse, Tensor query, Tensor query_scales, Tensor key, Tensor key_scales"
 _OPTIONS = "bool is_causal, float scale, str layout, str precision, bool emulate"
@@ -34,6 +35,7 @@ def attend(
             saved = reference.forward(q, k, v, RECIPES[precision], is_causal=is_causal, scale=scale)
         output.copy_(saved.output)
         return output, *_nothing(q)
+    require_kernels(q.device, q.shape[3], precision)
     saved_codes = triton_backend.forward(q, k, v, output, is_causal, scale, precision)
     return output, *_as_integers(saved_codes)
 
