@@ -37,7 +37,9 @@ class SdpaPlan:
     def __init__(self, call: AttentionCall) -> None:
         self._is_bnhd = call.layout == "BNHD"
         self._is_causal, self._scale, self._return_lse = call.is_causal, call.scale, call.return_lse
-        self._options = {"is_causal": call.is_causal, "scale": call.scale, "enable_gqa": call.heads != call.kv_heads}
+        # Under torch.compile the comparison may be a symbol, which torch's attention refuses; a branch decides it.
+        is_grouped = True if call.heads != call.kv_heads else False  # noqa: SIM210
+        self._options = {"is_causal": call.is_causal, "scale": call.scale, "enable_gqa": is_grouped}
         self._first = _first_backend(call)
         self._is_plain = call.attn_mask is None and call.key_lengths is None and not call.return_lse
 
