@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from importlib import import_module, metadata
 from pathlib import Path
@@ -78,7 +78,8 @@ def main() -> None:
         jobs = [(shape, name) for shape in shapes for name in options.methods if name.startswith("sagebwd")]
         with multiprocessing.get_context("spawn").Pool(min(len(jobs) or 1, os.cpu_count() or 1)) as pool:
             pool.starmap(compile_ahead, jobs, chunksize=1)
-        write_json(options.out, measure(shapes, options))
+        for result in measure(shapes, options):
+            write_json(options.out, result)  # after each shape, so that a run that is broken off leaves what it has
     try:
         draw(json.loads(options.out.read_text(encoding="utf-8")), options.out.with_suffix(".png"))
     except ImportError:
@@ -93,11 +94,11 @@ def compile_ahead(shape: BenchmarkShape, method: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(shapes: list[BenchmarkShape], options: argparse.Namespace) -> dict[str, Any]:
-    """The content of the result file."""
+def measure(shapes: list[BenchmarkShape], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The content of the result file, as far as it is known after each shape."""
     device = torch.device("cuda", torch.cuda.current_device())
-    rows = [row for shape in shapes for row in measure_shape(shape, options, device)]
-    return {
+    rows: list[dict[str, Any]] = []
+    result = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
@@ -109,6 +110,9 @@ def measure(shapes: list[BenchmarkShape], options: argparse.Namespace) -> dict[s
         "command": "python sage_kernels/benchmarks/training.py",
         "rows": rows,
     }
+    for shape in shapes:
+        rows += measure_shape(shape, options, device)
+        yield result
 
 
 def measure_shape(shape: BenchmarkShape, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
