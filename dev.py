@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import venv
@@ -133,9 +134,18 @@ def hand_over(python: Path, module: str, rest: list[str], environ: dict[str, str
     """Become `python -m module`, so that an interruption reaches it and nobody else; Windows can't, and waits."""
     command = [str(python), "-m", module, *rest]
     if os.name == "nt":
-        return subprocess.call(command, env=environ)
+        return wait_for(command, environ)
     sys.stdout.flush()
     os.execve(command[0], command, environ)
+
+
+def wait_for(command: list[str], environ: dict[str, str]) -> int:
+    """Run to the end, whatever time it takes to end after Ctrl+C, which reaches it too."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return subprocess.call(command, env=environ)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run(*command: object) -> None:

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-from comfy_api.latest import io
-from torch import Tensor
-
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
+from comfy_api.latest import io
+from torch import Tensor
 
 from .calibrated_choice import choose, report
 from .calibration import CalibrationSettings, calibrate, evaluations

@@ -56,6 +56,7 @@ class Sage3Doctor(io.ComfyNode):
 def report(model: Any, kernels: ModuleType) -> str:
     """The whole text, to be read and to be pasted into a bug report."""
     from comfy.cli_args import args  # noqa: PLC0415  (tests import this file without core)
+
     from sage_kernels.cli import doctor  # noqa: PLC0415  (found once import_sage_kernels has run)
 
     package_folder = Path(kernels.__file__ or "").parents[1]

@@ -198,8 +198,9 @@ def test_inputs_that_require_gradients_are_refused_by_quantised_rungs():
         ((7, 5), "int8", "older than sm_80"),
         ((8, 9), "fp4", "no FP4 tensor cores"),
         ((9, 0), "fp4", "no FP4 tensor cores"),
-        ((10, 0), "fp4", "tcgen05"),
+        ((10, 0), "fp8_fp4", "tcgen05"),
         ((10, 3), "fp8_fp4", "tcgen05"),
+        ((11, 0), "fp4", "tcgen05"),
         ((12, 0), "fp8_fp4", "no kernel yet"),
         ((13, 0), "fp4", "not in the table"),
     ],
@@ -219,8 +220,19 @@ def test_every_architecture_answers_for_every_precision(architecture):
 
 def test_blackwell_is_matched_exactly():
     assert "fp4" in find_architecture((12, 0)).runnable
-    assert "fp4" not in find_architecture((10, 0)).runnable
+    assert "fp8_fp4" not in find_architecture((10, 0)).runnable
+    assert "fp4" not in find_architecture((11, 0)).runnable
     assert find_architecture((12, 5)).runnable == ("fp16",)
+
+
+def test_a_kernel_that_never_ran_on_such_a_gpu_says_so(monkeypatch):
+    pretend_gpu(monkeypatch, (10, 0))
+    monkeypatch.setattr(find_kernel("nvfp4_triton").__class__, "refuse", lambda *arguments: None)
+    decision = dispatch.decide(_call("fp4"))
+    assert (decision.kernel, decision.precision, decision.never_run) == ("nvfp4_triton", "fp4", True)
+    assert decision.refusals[0].reason == "is compiled for sm_120a and sm_121a only"
+    assert "compiled for this GPU, never run on one" in str(decision)
+    assert not dispatch.decide(_call("fp16")).never_run
 
 
 def test_auto_takes_the_fastest_kernel_that_does_not_refuse(monkeypatch):
@@ -287,8 +299,9 @@ def test_compiled_sixteen_bit_attention_is_differentiable():
     assert q.grad is not None
 
 
-def test_custom_op_passes_torchs_own_checks():
-    arguments = (*qkv(), None, True, None, False, None, "BHND", "fp4", True, True)
-    torch.library.opcheck(
-        torch.ops.sage_kernels.attention.default, arguments, test_utils=("test_schema", "test_faketensor")
-    )
+@pytest.mark.parametrize("name", ["attention", "attention_with_lse"])
+@pytest.mark.parametrize("layout", ["BHND", "BNHD"])
+def test_operators_pass_torchs_own_checks(name, layout):
+    arguments = (*qkv(heads=6, kv_heads=6, rows=6, keys=6), None, True, None, False, None, layout, "fp4", True)
+    operator = getattr(torch.ops.sage_kernels, name).default
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -122,6 +122,14 @@ def test_a_change_of_anything_compiles_again(machine, change):
     assert len(machine.compiler.calls) == 2
 
 
+def test_a_checkout_with_windows_line_ends_is_the_same_source(machine):
+    add_cubin(machine)
+    for file in machine.csrc.iterdir():
+        file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    machine.load()
+    assert machine.cuda.last("cuModuleLoadData")[1] == b"from the wheel"
+
+
 def test_a_cubin_of_other_sources_is_not_taken(machine):
     add_cubin(machine)
     header = machine.csrc / "scaled_copy.cuh"

@@ -50,7 +50,8 @@ def test_a_machine_without_faults(machine, tmp_path):
     assert f"from {tmp_path.parent}" in text
     assert "GPU driver: 570.86, CUDA up to 12.8" in text
     assert "kernels in the package: 1, none damaged" in text
-    assert "cuda:0: RTX 5090 (sm_120)\n  runs: fp4, fp16\n  scaled_copy: ready in the package" in text
+    assert "cuda:0: RTX 5090 (sm_120)\n  runs: fp4, fp16\n  fp4: compiled for this GPU, never run on one" in text
+    assert "\n  scaled_copy: ready in the package" in text
     assert fixes(text) == ["- nothing: no problem was found"]
 
 
@@ -96,6 +97,24 @@ def test_missing_compiler_and_cubins_are_said(machine, tmp_path):
     text = doctor.doctor()
     assert "NVRTC: none found" in text
     assert "kernels in the package: none" in text
+
+
+@pytest.mark.parametrize(
+    ("architecture", "calls"),
+    [("sm_89", "int8 and int8_fp16 can't"), ("sm_90", "int8_fp16, and int8 with a mask tensor")],
+)
+@pytest.mark.parametrize(("platform", "package"), [("linux", "triton"), ("win32", "triton-windows")])
+def test_missing_triton_is_named_with_what_it_costs(machine, architecture, calls, platform, package):
+    device = DeviceCapabilities("cuda:0", "a GPU", architecture, ("int8", "int8_fp16", "fp16"), ())
+    machine.setattr(doctor, "capabilities", lambda: [device])
+    assert "Triton" not in fixes(doctor.doctor())[0]
+    machine.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    machine.setattr("sys.platform", platform)
+    text = doctor.doctor()
+    assert "Triton: not installed" in text
+    (fix,) = fixes(text)
+    assert calls in fix
+    assert fix.endswith(f"pip install {package}")
 
 
 def test_kernels_of_other_architectures_are_not_listed(machine):

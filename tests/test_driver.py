@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from fake_cuda import FakeCuda
-from sage_kernels.driver import Driver, DriverError, KernelLoadError, configure_launch
+from sage_kernels.driver import Driver, DriverError, KernelLoadError, LaunchConfig, configure_launch, point_to
 
 
 class Parameters(ctypes.Structure):
@@ -14,12 +14,19 @@ class Parameters(ctypes.Structure):
 
 
 def launch(library, parameters, context=1000, count=1):
-    launches = [configure_launch(5, (7, 8, 9), 256, 4096, 77)] * count
-    Driver(library).launch(context, launches, parameters)
+    launches = [(configure_launch(5, (7, 8, 9), 256, 4096, 77), point_to(parameters))] * count
+    Driver(library).launch(context, launches)
 
 
 def test_version_is_that_of_cuda():
     assert Driver(FakeCuda(version=12090)).version() == (12, 9)
+
+
+def test_launch_configurations_are_laid_out_as_in_c():
+    offsets = {name: getattr(LaunchConfig, name).offset for name, _ in LaunchConfig._fields_}
+    expected = {"grid": 0, "block": 12, "shared_bytes": 24, "stream": 32, "attributes": 40, "attribute_count": 48}
+    assert offsets == expected
+    assert ctypes.sizeof(LaunchConfig) == 56
 
 
 def test_a_launch_passes_grid_block_memory_stream_and_the_address_of_the_struct():
@@ -30,7 +37,7 @@ def test_a_launch_passes_grid_block_memory_stream_and_the_address_of_the_struct(
     assert library.launched_parameters == [(1000, 42)]
 
 
-def test_launches_in_a_row_take_the_same_parameters():
+def test_launches_in_a_row_share_one_change_of_context():
     library = FakeCuda()
     launch(library, Parameters(42), count=3)
     assert library.launched_parameters == [(1000, 42)] * 3
@@ -77,10 +84,11 @@ def test_a_failed_call_raises_and_leaves_the_callers_context_current(call):
     assert library.contexts == []
 
 
-def test_known_errors_say_what_to_do():
+@pytest.mark.parametrize(("code", "advice"), [(200, "update the GPU driver"), (900, "call once before the capture")])
+def test_known_errors_say_what_to_do(code, advice):
     library = FakeCuda()
-    library.failures["cuModuleLoadData"] = 200
-    with pytest.raises(DriverError, match="update the GPU driver"):
+    library.failures["cuModuleLoadData"] = code
+    with pytest.raises(DriverError, match=advice):
         Driver(library).load_function(1000, b"no cubin", "entry")
 
 
@@ -108,11 +116,12 @@ def test_drivers_that_cannot_tell_the_parameter_size_are_fine():
 def test_threads_can_launch_at_once():
     library = FakeCuda()
     library.contexts.append(1000)  # of every thread: the fake has one stack
-    driver, launches = Driver(library), [configure_launch(5, (1, 1, 1), 32, 0, 0)]
+    driver, configured = Driver(library), configure_launch(5, (1, 1, 1), 32, 0, 0)
 
     def work(number):
         for _ in range(50):
-            driver.launch(1000, launches, Parameters(number))
+            parameters = Parameters(number)
+            driver.launch(1000, [(configured, point_to(parameters))])
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:

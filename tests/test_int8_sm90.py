@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from sage_kernels import reference
 from sage_kernels.architectures import find_architecture
 from sage_kernels.attention_call import make_call
 from sage_kernels.int8_sm90_forms import FORMS
 from sage_kernels.kernels.int8_sm90 import KERNEL
+from sage_kernels.reference import attention_fp32, quantized_attention
 
 HOPPER = find_architecture((9, 0))
 
@@ -44,6 +46,31 @@ def test_forms_fit_into_a_thread_block(form):
     assert not form.pingpong or form.warpgroups == 2
 
 
-def test_forms_are_in_order_of_head_dim():
-    dims = [form.head_dim for form in FORMS]
-    assert dims == sorted(set(dims))
+def test_every_call_has_a_form_and_every_form_a_call():
+    served = [
+        next(form for form in FORMS if form.serves(head_dim, keys))
+        for head_dim in (64, 128)
+        for keys in (1, 16384, 10**6)
+    ]
+    assert {form.name for form in served} == {form.name for form in FORMS}
+    assert all(FORMS[-1].serves(128, keys) for keys in (1, 10**6))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_what_it_computes_is_accurate(head_dim):
+    """On K with a bias that all tokens of a head share."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 4, length, head_dim, generator=generator) for length in (32, 1500, 1500))
+    k += 2 * torch.randn(1, 4, 1, head_dim, generator=generator)
+    call = make_call(*(x.bfloat16() for x in (q, k, v)), None, False, None, False, None, "BHND", "int8", False, False)
+    output, _ = quantized_attention(call.query, call.key, call.value, KERNEL.recipe(call))
+    exact, _ = attention_fp32(call.query, call.key, call.value)
+    assert (output - exact).abs().sum() < 0.038 * exact.abs().sum()
+
+
+def test_weights_of_the_line_are_within_six_percent_of_the_exponential():
+    weights = reference._line_exp2_e4m3(torch.linspace(-5, 8.8, 1000))
+    ratio = weights / torch.linspace(-5, 8.8, 1000).exp2()
+    assert (ratio - 1).abs().max() < 0.03 + 1 / 16  # the line, and rounding to E4M3
+    assert (ratio.mean() - 1).abs() < 2e-3
+    assert reference._line_exp2_e4m3(torch.tensor([-40.0, -torch.inf])).tolist() == [0, 0]

@@ -17,7 +17,10 @@ SUPPORT = Path(__file__).parent / "support"
 PACKAGES = Path(sage_kernels.__file__).parents[1]
 
 
-@pytest.mark.parametrize("capability", [(8, 9), (9, 0)], ids=["sm_89", "sm_90"])
+CAPABILITIES = [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda capability: "sm_{}{}".format(*capability))
 def test_kernels_compile_and_fit_into_shared_memory(capability, tmp_path):
     """In a process of its own, because here Triton only interprets."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -30,3 +33,4 @@ def test_kernels_compile_and_fit_into_shared_memory(capability, tmp_path):
     assert {program["kernel"] for program in programs} == {"gather_statistics", "quantize", "attend"}
     available = find_architecture(capability).shared_memory
     assert [program for program in programs if program["shared"] > available] == []
+    assert [program for program in programs if program["read_twice"]] == []

@@ -48,8 +48,7 @@ STRUCTS = {
     b"nvfp4_prepare_queries": nvfp4_cuda._PrepareParameters,
     b"nvfp4_prepare_keys_values": nvfp4_cuda._PrepareParameters,
     b"nvfp4_attention": nvfp4_cuda._AttentionParameters,
-    b"int8_sm90_statistics": int8_sm90._Parameters,
-    b"int8_sm90_quantize": int8_sm90._Parameters,
+    b"int8_sm90_prepare": int8_sm90._Parameters,
     b"int8_sm90_attention": int8_sm90._Parameters,
 }
 KERNELS = {
@@ -81,9 +80,9 @@ def test_a_plan_gives_the_addresses_and_strides_of_each_call(cuda, name, layout)
         cuda.launched_structs.clear()
         state = plan.prepare_call(call)
         output, lse = plan.run(state)
-        assert len(cuda.launched_structs) == 3
-        assert cuda.launched_structs[0] == cuda.launched_structs[1]
-        prepared, ran = read(cuda, prepare_struct, 0), read(cuda, run_struct, 2)
+        assert len(cuda.launched_structs) == {"nvfp4": 3, "int8_sm90": 2}[name]
+        assert set(cuda.launched_structs[:-1]) == {cuda.launched_structs[0]}
+        prepared, ran = read(cuda, prepare_struct, 0), read(cuda, run_struct, -1)
         address = (lambda field: field.data) if name == "nvfp4" else (lambda field: field)
         for tensor, field in ((call.query, "query"), (call.key, "key"), (call.value, "value")):
             assert address(getattr(prepared, field)) == tensor.data_ptr(), number
@@ -97,6 +96,40 @@ def test_a_plan_gives_the_addresses_and_strides_of_each_call(cuda, name, layout)
             assert getattr(prepared, field) == start + offset < end
             if hasattr(run_struct, field):
                 assert getattr(ran, field) == start + offset
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("layout", ["BHND", "BNHD"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_all_at_once_launches_the_same_as_one_after_the_other(cuda, name, layout, dtype):
+    kernel, prepare_struct, run_struct = KERNELS[name]
+    lengths = torch.tensor([3, 9, 4], dtype=torch.int32)[::2]
+    call = call_of(layout, dtype, key_lengths=lengths, return_lse=True)
+    q, k, v = (x.transpose(1, 2) if layout == "BNHD" else x for x in (call.query, call.key, call.value))
+    plan = kernel.plan(call)
+    apart = plan.run(plan.prepare(q, k, v, None, lengths))
+    structs, configs = list(cuda.launched_structs), list(cuda.launched_configs)
+    cuda.launched_structs.clear()
+    cuda.launched_configs.clear()
+    cuda.calls.clear()
+    at_once = plan.attend(q, k, v, None, lengths)
+    assert cuda.launched_configs == configs
+    assert cuda.count("cuCtxPushCurrent_v2") == 1
+    for one, other in zip(apart, at_once, strict=True):
+        assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+    ran = read(cuda, run_struct, -1)
+    assert ran.lse == at_once[1].data_ptr()
+    assert dtype == torch.float32 or ran.output == at_once[0].data_ptr()
+    addresses = {"query", "key", "value", "key_lengths", "output", "lse", *plan.workspace.offsets()}
+    for index in range(len(structs)):
+        struct = run_struct if index == len(structs) - 1 else prepare_struct
+        before, after = struct.from_buffer_copy(structs[index]), read(cuda, struct, index)
+        for field, _ in struct._fields_:
+            values = [getattr(each, field) for each in (before, after)]
+            values = [tuple(x) if isinstance(x, ctypes.Array) else x for x in values]
+            if field in addresses:
+                values = [bool(getattr(x, "data", x)) for x in values]
+            assert values[0] == values[1], field
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -259,12 +292,17 @@ class Parameters(ctypes.Structure):
 
 def test_a_template_is_filled_with_addresses_and_stays_as_it_is():
     template = ParameterTemplate(Parameters(number=7, factor=0.5), {"buffer": 512}, ("second", None, "first"))
-    for base in (1 << 40, 4096):
-        filled = Parameters.from_buffer_copy(template.filled(base, 22, 33, 11))
+    for base in (1 << 40, 4096, 1 << 40):
+        words = template.filled(base, 22, 33, 11)
+        assert words[0] == ctypes.addressof(words) + 8
+        filled = Parameters.from_address(words[0])
         assert (filled.first, filled.second, filled.buffer) == (11, 22, base + 512)
         assert (filled.number, filled.factor) == (7, 0.5)
     with pytest.raises(ValueError, match="zip"):
         template.filled(0, 1, 2)
+    for base in range(100):
+        template.filled(base, 1, 2, 3)
+    assert len(template._with_workspace) <= 16
 
 
 def test_buffers_of_a_workspace_are_aligned_and_do_not_overlap():

@@ -1,5 +1,7 @@
 """NVRTC: found where torch ships it, compiles without a GPU, and says what is wrong."""
 
+from pathlib import Path
+
 import pytest
 
 from sage_kernels import nvrtc
@@ -36,12 +38,56 @@ def test_the_compiler_knows_what_it_can_compile_for(nvrtc_12_8):
         ("nvidia/cu13/bin/x86_64", "nvrtc64_130_0.dll"),
     ],
 )
-def test_the_compiler_is_found_where_torch_puts_it(tmp_path, monkeypatch, folder, file):
+@pytest.mark.parametrize("home", ["plain", "ComfyUI [portable] *ü"])
+def test_the_compiler_is_found_where_torch_puts_it(tmp_path, monkeypatch, home, folder, file):
+    tmp_path = tmp_path / home
     (tmp_path / folder).mkdir(parents=True)
     for name in (file, "libnvrtc.alt.so.12", "nvrtc64_120_0.alt.dll", "libnvrtc-builtins.so.12.8"):
         (tmp_path / folder / name).touch()
     monkeypatch.setattr(nvrtc.torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
     assert find_libraries(nvrtc.search_folders())[0] == tmp_path / folder / file
+
+
+@pytest.fixture
+def windows(tmp_path, monkeypatch):
+    """Libraries that Windows would load, in order."""
+    loaded = []
+
+    class Library:
+        def __getattr__(self, name):
+            function = lambda *arguments: 0  # noqa: E731
+            setattr(self, name, function)
+            return function
+
+    def load(path):
+        loaded.append(Path(path).name)
+        if "broken" in Path(path).read_text():
+            raise OSError("[WinError 126] The specified module could not be found")
+        return Library()
+
+    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", load)
+    for name in ("nvrtc64_120_0.dll", "nvrtc64_120_0.alt.dll", "nvrtc-builtins64_128.dll", "cudart64_12.dll"):
+        (tmp_path / name).write_text("fine")
+    return loaded
+
+
+def test_on_windows_the_compilers_other_half_is_loaded_first(windows, tmp_path):
+    (path,) = find_libraries([tmp_path.as_posix()])
+    Nvrtc(path)
+    assert windows == ["nvrtc-builtins64_128.dll", "nvrtc64_120_0.dll"]
+
+
+def test_on_windows_a_dll_that_does_not_load_is_named(windows, tmp_path, monkeypatch):
+    (tmp_path / "nvrtc-builtins64_128.dll").write_text("broken")
+    monkeypatch.setattr(nvrtc, "search_folders", lambda: [tmp_path.as_posix()])
+    with pytest.raises(KernelLoadError, match=r"nvrtc64_120_0\.dll can't be used: \[WinError 126\]"):
+        nvrtc.find_nvrtc.__wrapped__("sm_120a")
+
+
+def test_on_windows_the_toolkit_is_searched_too(windows):
+    assert any(folder.startswith("C:/Program Files/NVIDIA GPU") for folder in nvrtc.search_folders())
+    assert not any(folder.startswith("/usr") for folder in nvrtc.search_folders())
 
 
 def test_nothing_found_names_what_was_searched_and_what_to_install(tmp_path, monkeypatch):

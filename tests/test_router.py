@@ -16,7 +16,10 @@ AMPERE = find_architecture((8, 0))
 LENGTHS = [1024, 4096, 16384]
 # The rung wins from somewhere between 1024 and 4096 tokens on.
 MS = {"sdpa_flash": [0.1, 1.6, 25.6], "sdpa_cudnn": [0.05, 0.8, 12.8], "int8_triton": [0.1, 0.6, 6.4]}
-ENTRY = {"rows": [{"head_dim": 128, "is_causal": False, "heads": 24, "lengths": LENGTHS, "ms": MS}]}
+CLASS = {"head_dim": 128, "is_causal": False, "has_mask": False, "heads": 24, "lengths": LENGTHS}
+# With a mask tensor the rung loses everywhere.
+MASKED_MS = {"sdpa_efficient": [0.1, 1.6, 25.6], "int8_triton": [0.2, 1.7, 26.0]}
+ENTRY = {"rows": [{**CLASS, "ms": MS}, {**CLASS, "has_mask": True, "ms": MASKED_MS}]}
 
 
 @pytest.fixture
@@ -70,7 +73,7 @@ def test_sixteen_bit_serves_what_was_measured_slower(table):
         (call_of(1000), HOPPER),  # shorter than any
         (call_of(4096, head_dim=64), HOPPER),
         (call_of(4096, is_causal=True), HOPPER),
-        (call_of(4096, mask=torch.ones(1, 4096, dtype=torch.bool, device="meta")), HOPPER),
+        (call_of(4096, head_dim=64, mask=torch.ones(1, 4096, dtype=torch.bool, device="meta")), HOPPER),
         (call_of(4096), AMPERE),
         (call_of(4096), None),
     ],
@@ -78,6 +81,12 @@ def test_sixteen_bit_serves_what_was_measured_slower(table):
 def test_nothing_is_predicted_where_nothing_was_measured(table, call, architecture):
     assert router.predicted_seconds(call, architecture, "int8_triton") is None
     assert "not measured" in slower(call, architecture)
+
+
+def test_calls_with_a_mask_have_times_of_their_own(table):
+    call = call_of(16384, mask=torch.ones(1, 16384, dtype=torch.bool, device="meta"))
+    assert router.fastest_sixteen_bit(call, HOPPER) == ("sdpa_efficient", pytest.approx(25.6e-3))
+    assert slower(call) == "at this size sdpa_efficient in 16 bit was measured to be as fast or faster"
 
 
 def test_unmeasured_rungs_are_used_from_a_safe_length_on(table):
@@ -93,6 +102,7 @@ def test_the_decision_shows_reason_and_prediction(table, monkeypatch):
     decision = dispatch.decide(call_of(4096), kernels)
     assert (decision.kernel, decision.seconds) == ("int8_triton", pytest.approx(0.6e-3))
     assert decision.sixteen_bit_seconds == pytest.approx(0.8e-3)
+    assert decision.speedup == pytest.approx(0.8 / 0.6)
     assert "predicted: 0.6 ms, in 16 bit 0.8 ms" in str(decision)
     decision = dispatch.decide(call_of(1024), kernels)
     assert (decision.kernel, decision.seconds) == ("sdpa", pytest.approx(0.05e-3))

@@ -216,6 +216,17 @@ def test_the_command_prints_both_predictions_beside_the_public_kernel(run):
     assert out.count("bound at full overlap") == 2
 
 
+def test_a_goal_that_is_missed_is_said_pipe_by_pipe(run, tmp_path):
+    _, out, _ = run(consumer_loop(*["LDS.128 R1, [R2]"] * 9, "NOP"), f"--output={tmp_path / 'report.txt'}")
+    assert "goal: 72% at the public kernel's overlap asks" in out
+    assert "wavefronts a step are too many" in out
+    written = (tmp_path / "report.txt").read_text()
+    assert written.startswith(out.rstrip())
+    assert "kernel.sass, SHA-256" in written
+    _, out, _ = run(["MOV R0, RZ", ".L_x_1:", *["OMMA R0, R1"] * 4, "MUFU.EX2 R1, R1", "@P0 BRA `(.L_x_1)", "EXIT"])
+    assert "is met" in out
+
+
 def test_the_command_prints_json(run):
     status, out, _ = run(consumer_loop("@!P1 BRA `(.L_x_2)", "FMUL R1, R1", ".L_x_2:"), "--json")
     report = json.loads(out)

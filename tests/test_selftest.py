@@ -8,18 +8,24 @@ import torch
 
 from sage_kernels import cli, selftest
 from sage_kernels.architectures import find_architecture
-from sage_kernels.attention import attention, prepare
+from sage_kernels.attention import attention, explain, prepare
 from sage_kernels.benchmark_shapes import FORWARD_SHAPES, TRAINING_SHAPES, BenchmarkShape
 from sage_kernels.cli import main
+from sage_kernels.dispatch import Refusal
+from sage_kernels.kernels import find_kernel
 from sage_kernels.recipes import RECIPES
-from sage_kernels.reference import attention_fp32
-from sage_kernels.selftest_grid import HEAD_DIMS, KINDS, GridCall, grid, run_call
+from sage_kernels.reference import attention_fp32, quantized_attention
+from sage_kernels.selftest_grid import HEAD_DIMS, KINDS, GridCall, grid, kernel_recipe, run_call
 
 CPU = torch.device("cpu")
 
 
 def emulated(*qkv, **options):
     return attention(*qkv, allow_emulation=True, **options)
+
+
+def decide_emulated(*qkv, **options):
+    return explain(*qkv, allow_emulation=True, **options)
 
 
 def test_the_grid_has_every_kind_at_every_head_dim_in_both_types():
@@ -85,7 +91,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    here = [type("Device", (), {"device": "cuda:0", "precisions": ("fp4", "fp16")})]
+    refusals = (Refusal("fp8_fp4", "no kernel yet"),)
+    here = [type("Device", (), {"device": "cuda:0", "precisions": ("fp4", "fp16"), "refusals": refusals})]
     monkeypatch.setattr(selftest, "capabilities", lambda: here)
     for module in (cli, selftest):
         monkeypatch.setattr(module, "device_architecture", lambda device: find_architecture((12, 0)))
@@ -95,9 +102,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(selftest, "measure", lambda rungs, device: rows)
     check = selftest.check
     monkeypatch.setattr(selftest, "attention", emulated)
-    monkeypatch.setattr(selftest, "explain", lambda *qkv, **options: type("Decision", (), {"kernel": "k"}))
+    monkeypatch.setattr(selftest, "explain", decide_emulated)
     monkeypatch.setattr(selftest, "grid", lambda: [GridCall("plain", 64, torch.bfloat16)])
-    monkeypatch.setattr(selftest, "check", lambda rungs, device: check(rungs, CPU))
+    monkeypatch.setattr(selftest, "check", lambda report, device: check(report, CPU))
     return monkeypatch
 
 
@@ -114,9 +121,26 @@ def test_it_writes_evidence_timings_and_the_doctors_text(gpu, tmp_path, capsys):
     assert len(record["rows"]) == 2
     assert record["doctor"] == "the doctor's text"
     text = capsys.readouterr().out
+    assert "runs: fp4 (fp4_emulated), fp16 (sdpa); nothing is emulated" in text
+    assert "not here: fp8_fp4: no kernel yet" in text
+    assert (record["kernels"], record["errors"]) == ({"fp4": ["fp4_emulated"], "fp16": ["sdpa"]}, [])
     assert "correctness: 3 of 3 cases passed" in text
     assert "1.50 x the best of SDPA" in text
     assert str(file) in text
+
+
+def test_the_benchmark_prints_and_writes_its_rows(gpu, tmp_path, capsys):
+    file = tmp_path / "out.json"
+    assert main(["bench", "--output", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("a GPU\nflux\n")
+    assert "1.50 x the best of SDPA" in text
+    record = json.loads(file.read_text())
+    assert set(record) == {"machine", "gpu", "torch", "commit", "date", "command", "rows"}
+    assert [row["method"] for row in record["rows"]] == ["sdpa_flash", "fp4"]
+    file.unlink()
+    assert main(["bench"]) == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_failed_cases_are_named_and_end_in_an_exit_code(gpu, tmp_path, capsys):
@@ -131,6 +155,42 @@ def test_calls_that_a_rung_refuses_are_left_out_and_none_at_all_is_no_success(gp
     gpu.setattr(selftest, "explain", lambda *qkv, **options: type("Decision", (), {"kernel": None}))
     assert main(["selftest", "--no-timings", "--output", str(tmp_path / "out.json")]) == 1
     assert "0 of 0 cases" in capsys.readouterr().out
+
+
+def test_what_breaks_off_is_reported_and_the_rest_goes_on(gpu, tmp_path, capsys):
+    def breaks_at_fp4(*qkv, precision, **options):
+        if precision == "fp4":
+            raise RuntimeError("no compiler\nin many lines")
+        return emulated(*qkv, precision=precision, **options)
+
+    def breaks(rungs, device):
+        raise RuntimeError("illegal address")
+
+    gpu.setattr(selftest, "attention", breaks_at_fp4)
+    gpu.setattr(selftest, "measure", breaks)
+    file = tmp_path / "out.json"
+    assert main(["selftest", "--output", str(file)]) == 1
+    errors = ["fp4/plain_d64_bfloat16: RuntimeError: no compiler", "timings: RuntimeError: illegal address"]
+    record = json.loads(file.read_text())
+    assert record["errors"] == errors
+    assert [(case["name"], case["passed"]) for case in record["cases"]] == [
+        ("fp4/plain_d64_bfloat16/ran", False),
+        ("fp16/plain_d64_bfloat16/exact", True),
+    ]
+    text = capsys.readouterr().out
+    assert "1 of 2 cases passed" in text
+    assert all(f"ERROR {error}" in text for error in errors)
+
+
+def test_a_kernels_own_recipe_is_what_it_is_compared_with():
+    call = GridCall("plain", 64, torch.bfloat16)
+    own = kernel_recipe(find_kernel("int8_sm90"), call, CPU)
+    assert own != RECIPES["int8"]
+    assert kernel_recipe(find_kernel("nvfp4_cuda"), call, CPU) == RECIPES["fp4"]
+    assert kernel_recipe(find_kernel("sdpa"), call, CPU) is None
+    cases = run_call(call, "int8", lambda q, k, v, **options: quantized_attention(q, k, v, own)[0], CPU, own)
+    assert all(case.passed for case in cases)
+    assert cases[0].max_error < 1e-6
 
 
 def test_an_interruption_writes_nothing(gpu, tmp_path, capsys):

@@ -58,7 +58,9 @@ def test_the_bytes_depend_neither_on_time_nor_on_order(tool, tmp_path):
 
 def test_the_wheel_has_package_sources_cubins_and_licence_and_nothing_else(wheel, built_cubins):
     package = ROOT / "sage_kernels" / "src"
-    expected = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
+    expected = {
+        path.relative_to(package).as_posix() for pattern in ("*.py", "*.json") for path in package.rglob(pattern)
+    }
     expected |= {"sage_kernels/py.typed"} | {f"sage_kernels/cubins/{name}" for name in built_cubins[1]}
     expected |= {
         path.relative_to(ROOT).as_posix() for path in (ROOT / "sage_kernels" / "csrc").glob("*") if path.is_file()
@@ -106,6 +108,14 @@ def test_the_installed_doctor_works_without_a_gpu(installed, tmp_path):
     assert f"sage_kernels {sage_kernels.__version__} from {installed.parent}" in done.stdout
     if not torch.cuda.is_available():
         assert "No CUDA GPU" in done.stdout
+
+
+def test_the_installed_package_has_the_tables_that_it_reads(installed):
+    python = installed / ("python.exe" if os.name == "nt" else "python")
+    program = "from sage_kernels import router; print(len(router._load(router.TABLE)))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([python, "-c", program], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_pip_finds_the_wheel_whole(installed):

@@ -2,8 +2,9 @@
 
     PYTHONPATH=sage_kernels/src python sage_kernels/benchmarks/host_cost.py [--calls N] [--out FILE]
 
-How long the Python thread is held up, which is what small and fast calls are limited by; the GPU is idle before each
-call, and tensors are so small that it is never waited for. Where the GPU has no FP4 instructions the FP4 kernel is
+How long the Python thread is held up, which is what small and fast calls are limited by. Two ways: single calls, each
+after waiting for the GPU, of which the median counts (the processor has cooled down while it waited); and calls in a
+row, fewer than fill the launch queue, as a model makes them. Where the GPU has no FP4 instructions the FP4 kernel is
 built with emulated ones: the host's part is the same.
 """
 
@@ -32,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
 SHAPE = (1, 4, 256, 128)  # B, H, N, D
 _WARM_UP = 20
+_IN_A_ROW = 20
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
@@ -46,7 +48,7 @@ class Method:
 def main() -> None:
     """Measure, print the table, write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls", type=int, default=300, help="of which each time is the median")
+    parser.add_argument("--calls", type=int, default=400, help="of each kind that are timed")
     parser.add_argument("--out", type=Path, default=RESULTS / "host_cost.json")
     parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile has to build")
     options = parser.parse_args()
@@ -54,17 +56,13 @@ def main() -> None:
         parser.error("there is no CUDA GPU here")
     device = torch.device("cuda", torch.cuda.current_device())
     qkv = tuple(torch.randn(SHAPE, device=device, dtype=torch.bfloat16) for _ in range(3))
+    print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}: host µs of a single call, of one in a row")
     rows = []
-    print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}: median host µs of a call (fastest)")
-    for method in methods((qkv[0], qkv[1], qkv[2]), not options.no_compile):
-        try:
-            median, fastest = host_time(method.call, options.calls, device)
-        except Exception as error:  # of torch's compiler, or a rung that this GPU lacks: the others go on
-            print(f"{method.name:24} not measured: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
-            continue
-        print(f"{method.name:24} {median:8.1f} ({fastest:.1f})")
-        row = {"benchmark": "host", "shape": "x".join(map(str, SHAPE)), "method": method.name, "ms": median / 1e3}
-        rows.append({**row, "tflops": None, "rel_l1": None, "extra_bytes": None, "fastest_ms": fastest / 1e3})
+    for name, (single, in_a_row) in measure(methods((qkv[0], qkv[1], qkv[2]), not options.no_compile), options, device):
+        print(f"{name:24} {single:8.1f} {in_a_row:8.1f}")
+        for benchmark, time_us in (("host_single", single), ("host_in_a_row", in_a_row)):
+            row = {"benchmark": benchmark, "shape": "x".join(map(str, SHAPE)), "method": name}
+            rows.append({**row, "ms": time_us / 1e3, "tflops": None, "rel_l1": None, "extra_bytes": None})
     record = {
         "machine": f"{platform.processor() or platform.machine()}, Python {platform.python_version()}",
         "gpu": torch.cuda.get_device_name(device),
@@ -134,17 +132,42 @@ def add_bare_operator() -> None:
     bare.register_fake(lambda q, k, v: torch.empty_like(q))
 
 
-def host_time(call: Callable[[], object], calls: int, device: torch.device) -> tuple[float, float]:
-    """Median and least microseconds until `call` returns, with an idle GPU."""
-    for _ in range(_WARM_UP):
+def measure(
+    found: Iterator[Method], options: argparse.Namespace, device: torch.device
+) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Median microseconds of a single call and of one in a row, by method.
+
+    Methods take turns: the clock of a processor, and what else it has to do, change while this runs.
+    """
+    ready = [method for method in found if is_ready(method)]
+    times: dict[str, tuple[list[float], list[float]]] = {method.name: ([], []) for method in ready}
+    for _ in range(max(1, options.calls // _IN_A_ROW)):
+        for method in ready:
+            single, in_a_row = times[method.name]
+            single += [host_time(method.call, 1, device) for _ in range(_IN_A_ROW)]
+            in_a_row.append(host_time(method.call, _IN_A_ROW, device))
+    for name, (single, in_a_row) in times.items():
+        yield name, (statistics.median(single), statistics.median(in_a_row))
+
+
+def is_ready(method: Method) -> bool:
+    """Warm up; whether it runs here, else why not is printed."""
+    try:
+        for _ in range(_WARM_UP):
+            method.call()
+    except Exception as error:  # of torch's compiler, or a rung that this GPU lacks: the others go on
+        print(f"{method.name:24} not measured: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+        return False
+    return True
+
+
+def host_time(call: Callable[[], object], count: int, device: torch.device) -> float:
+    """Microseconds of one of `count` calls that begin with an idle GPU."""
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(count):
         call()
-    times = []
-    for _ in range(calls):
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - start) * 1e6)
-    return statistics.median(times), min(times)
+    return (time.perf_counter() - start) * 1e6 / count
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
     PYTHONPATH=sage_kernels/src python sage_kernels/benchmarks/tune_router.py
 
 Times are of whole calls, preparation included, of self-attention with 24 heads in bfloat16, the methods taking turns.
+With a mask: a bool tensor of queries by keys that all heads share. What is compiled is compiled on all cores first.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -25,7 +28,7 @@ from sage_kernels.evidence import write_json
 from sage_kernels.gpu_timing import time_in_turns
 from sage_kernels.kernels import KERNELS
 from sage_kernels.kernels.interface import Kernel
-from sage_kernels.router import HEAD_DIM_CLASSES, TABLE
+from sage_kernels.router import TABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = {
@@ -34,56 +37,91 @@ BACKENDS = {
     "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 HEADS = 24
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+LENGTHS = (2048, 4096, 8192, 16384, 32768)  # shorter calls take as long as the host needs to launch them
+# head_dim, is_causal, has_mask and the lengths of each shape class. Long calls of the rarer ones would take most of the
+# time and tell nothing: times grow with the square from 8192 on.
+CLASSES = (
+    *((head_dim, is_causal, False, LENGTHS) for head_dim in (128, 64) for is_causal in (False, True)),
+    *((head_dim, False, True, LENGTHS[:-2]) for head_dim in (128, 64)),
+    *((256, is_causal, False, LENGTHS[:-2]) for is_causal in (False, True)),
+)
 CACHED_BYTES = 256 << 20  # inputs of one measurement in all: several times the L2 cache of any GPU
 
 
 def main() -> None:
     """Measure, print the table, write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=0.6, help="of measurements for each length")
+    parser.add_argument("--seconds", type=float, default=0.25, help="of measurements for each length")
+    parser.add_argument("--commit", help="where this is no git checkout")
+    parser.add_argument("--compile-only", action="store_true", help="only fill the caches of compiled kernels")
     parser.add_argument("--out", type=Path, default=TABLE, help=f"default: {TABLE.name} of the package")
     options = parser.parse_args()
     device = torch.device("cuda", torch.cuda.current_device())
     architecture = device_architecture(device)
     if architecture is None:
         parser.error("there is no CUDA GPU here")
-    rows = [
-        measure_class(head_dim, is_causal, options.seconds, device)
-        for head_dim in HEAD_DIM_CLASSES
-        for is_causal in (False, True)
-    ]
+    with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count() or 1)) as pool:
+        pool.starmap(
+            compile_kernel, [(index, *each[:3]) for index in range(len(KERNELS)) for each in CLASSES], chunksize=1
+        )
+    if options.compile_only:
+        return
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     entry = {
         "gpu": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": options.commit or head.stdout.strip(),
         "date": date.today().isoformat(),
-        "rows": rows,
     }
     table = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
-    write_json(options.out, {**table, architecture.name: entry})
+    rows = []
+    for each in CLASSES:
+        rows.append(measure_class(*each, options.seconds, device))
+        write_json(options.out, {**table, architecture.name: {**entry, "rows": rows}})
     print(f"wrote {architecture.name} to {options.out}")
 
 
-def measure_class(head_dim: int, is_causal: bool, seconds: float, device: torch.device) -> dict[str, Any]:
+def compile_kernel(index: int, head_dim: int, is_causal: bool, has_mask: bool) -> None:
+    """Leave one kernel's programs in the caches on disk."""
+    kernel = KERNELS[index]
+    q, k, v = (torch.randn(1, HEADS, 512, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    try:
+        whole_call(kernel, is_causal, make_mask(512, q.device) if has_mask else None, q, k, v)
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"D{head_dim}: no {kernel.name}: {str(error).splitlines()[0][:100]}")
+
+
+def make_mask(length: int, device: torch.device) -> Tensor:
+    """Three of four keys, at random."""
+    return torch.rand(length, length, device=device) > 0.25
+
+
+def measure_class(
+    head_dim: int, is_causal: bool, has_mask: bool, lengths: Sequence[int], seconds: float, device: torch.device
+) -> dict[str, Any]:
     """One row of the table: milliseconds of every method at every length."""
     times: dict[str, list[float]] = {}
-    for length in LENGTHS:
-        methods = working_methods(length, head_dim, is_causal, device)
+    for length in lengths:
+        methods = working_methods(length, head_dim, is_causal, has_mask, device)
         found = time_in_turns(methods, seconds, device)
         for name, ms in found.items():
             times.setdefault(name, []).append(ms)
         line = ", ".join(f"{name} {ms:.3f} ms" for name, ms in found.items())
-        print(f"D{head_dim} {'causal ' * is_causal}N{length}: {line}", flush=True)
-    complete = {name: ms for name, ms in times.items() if len(ms) == len(LENGTHS)}
-    return {"head_dim": head_dim, "is_causal": is_causal, "heads": HEADS, "lengths": LENGTHS, "ms": complete}
+        print(f"D{head_dim} {'causal ' * is_causal}{'mask ' * has_mask}N{length}: {line}", flush=True)
+    return {
+        "head_dim": head_dim,
+        "is_causal": is_causal,
+        "has_mask": has_mask,
+        "heads": HEADS,
+        "lengths": lengths,
+        "ms": {name: ms for name, ms in times.items() if len(ms) == len(lengths)},
+    }
 
 
 def working_methods(
-    length: int, head_dim: int, is_causal: bool, device: torch.device
+    length: int, head_dim: int, is_causal: bool, has_mask: bool, device: torch.device
 ) -> dict[str, list[Callable[[], Any]]]:
     """What this GPU and torch can do at this size, each with as many inputs as it takes to leave the cache."""
     count = max(1, min(16, CACHED_BYTES // (3 * 2 * HEADS * length * head_dim)))
@@ -91,8 +129,9 @@ def working_methods(
         [torch.randn(1, HEADS, length, head_dim, device=device, dtype=torch.bfloat16) for _ in range(3)]
         for _ in range(count)
     ]
-    functions = {name: partial(sdpa, backend, is_causal) for name, backend in BACKENDS.items()}
-    functions |= {kernel.name: partial(whole_call, kernel, is_causal) for kernel in KERNELS}
+    mask = make_mask(length, device) if has_mask else None
+    functions = {name: partial(sdpa, backend, is_causal, mask) for name, backend in BACKENDS.items()}
+    functions |= {kernel.name: partial(whole_call, kernel, is_causal, mask) for kernel in KERNELS}
     methods = {}
     for name, function in functions.items():
         try:
@@ -105,16 +144,16 @@ def working_methods(
     return methods
 
 
-def sdpa(backend: SDPBackend, is_causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def sdpa(backend: SDPBackend, is_causal: bool, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """torch's attention by one of its kernels."""
     with sdpa_kernel(backend):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
 
 
-def whole_call(kernel: Kernel, is_causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+def whole_call(kernel: Kernel, is_causal: bool, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     """The output of a kernel of a quantised rung; None where it refuses the call."""
     architecture = device_architecture(q.device)
-    call = make_call(q, k, v, None, is_causal, None, False, None, "BHND", kernel.precision, False, False)
+    call = make_call(q, k, v, mask, is_causal, None, False, None, "BHND", kernel.precision, False, False)
     if kernel.emulated or kernel.precision == "fp16" or precision_refusal(kernel.precision, architecture, [kernel]):
         return None
     return None if kernel.refuse(call, architecture) else kernel.run(kernel.prepare(call))[0]

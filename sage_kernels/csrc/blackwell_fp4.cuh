@@ -18,19 +18,27 @@
 // Tells a build with emulated instructions from a release build.
 __device__ __constant__ u32 sage_emulates_fp4 = 1;
 
-__device__ __forceinline__ u32 e2m1_emulated(float x) {
-  float a = fabsf(x);
-  // Midpoints between neighbours; a tie goes to the even code. NaN becomes the largest value, as the instruction does.
-  u32 code = (a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.0f);
-  if (a != a) return 7;
-  return code | (__float_as_uint(x) >> 31 << 3);
+// Code of x, and the value it stands for. The sum with a power of two whose last bit is E2M1's there rounds, ties to
+// the even code. NaN becomes the largest value, as the instruction does.
+__device__ __forceinline__ u32 e2m1_emulated(float x, float& value) {
+  x = fmaxf(fminf(x, 6.0f), -6.0f);
+  u32 exponent = max(__float_as_uint(x) & 0x7F800000u, 0x3F800000u);  // E2M1 has a last bit of 0.5 below 2
+  u32 large = exponent + (22u << 23);
+  float sum = fabsf(x) + __uint_as_float(large);
+  value = copysignf(sum - __uint_as_float(large), x);
+  return (__float_as_uint(sum) - large + (exponent >> 22) - 254u) | (__float_as_uint(x) >> 28 & 8u);
+}
+
+__device__ __forceinline__ u32 to_e2m1x8(const float (&x)[8], float (&values)[8]) {
+  u32 word = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) word |= e2m1_emulated(x[i], values[i]) << (4 * i);
+  return word;
 }
 
 __device__ __forceinline__ u32 to_e2m1x8(const float (&x)[8]) {
-  u32 word = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) word |= e2m1_emulated(x[i]) << (4 * i);
-  return word;
+  float values[8];
+  return to_e2m1x8(x, values);
 }
 
 // Four E2M1 codes (the low 16 bits) as four signed bytes of twice their value.
@@ -97,6 +105,23 @@ __device__ __forceinline__ u32 to_e2m1x8(const float (&x)[8]) {
       "mov.b32 %0, {b0, b1, b2, b3};\n\t}"
       : "=r"(word)
       : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "f"(x[4]), "f"(x[5]), "f"(x[6]), "f"(x[7]));
+  return word;
+}
+
+// The same, and the values of the codes.
+__device__ __forceinline__ u32 to_e2m1x8(const float (&x)[8], float (&values)[8]) {
+  u32 word = to_e2m1x8(x);
+  u32 pairs[4];
+  asm("{\n\t.reg .b8 b0, b1, b2, b3;\n\t"
+      "mov.b32 {b0, b1, b2, b3}, %4;\n\t"
+      "cvt.rn.f16x2.e2m1x2 %0, b0;\n\t"
+      "cvt.rn.f16x2.e2m1x2 %1, b1;\n\t"
+      "cvt.rn.f16x2.e2m1x2 %2, b2;\n\t"
+      "cvt.rn.f16x2.e2m1x2 %3, b3;\n\t}"
+      : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
+      : "r"(word));
+#pragma unroll
+  for (u32 i = 0; i < 8; ++i) values[i] = from_f16(u16(pairs[i / 2] >> (16 * (i & 1))));
   return word;
 }
 

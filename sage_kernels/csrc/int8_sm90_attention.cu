@@ -1,4 +1,4 @@
-// Attention with INT8 Q K^T and FP8 P V for sm_90a: wgmma in two flavours, operands pre-tiled by int8_sm90_quantize.cu.
+// Attention with INT8 Q K^T and FP8 P V for sm_90a: wgmma in two flavours, operands pre-tiled by int8_sm90_prepare.cu.
 //
 // One producer warp copies K and V tiles into a ring; each consumer warpgroup owns 64 query rows and keeps two wgmma
 // groups in flight: Q K^T of the next key block and P V of the current one, under which it computes the softmax.
@@ -7,114 +7,30 @@
 // Compile-time: HEAD_DIM 64 | 128 (smaller ones padded), KEYS per block, STAGES of the ring, WARPGROUPS of consumers
 // and PINGPONG: two of them take turns with the tensor cores. PROMOTE: FP8 wgmma accumulates with about 14 bits, so
 // that P V of this many key blocks starts at zero and is added in float32; 0 never does. ONES: the row sum comes from 8
-// columns of ones beside V, rather than from additions. HEADROOM: O is rescaled only when the row maximum has grown by
-// more than this many powers of two. LINE: of every eight weights, how many come from a straight line between powers of
-// two in place of the exponential.
-#include "int8_sm90_schedule.cuh"
+// columns of ones beside V, rather than from additions. PARK: the float32 sums wait in shared memory for the next
+// promotion. HEADROOM: O is rescaled only when the row maximum has grown by more than this many powers of two. LINE: of
+// every eight words of weights, how many come from a straight line between powers of two in place of the exponential;
+// that needs ONES. SPLIT: eighths of the weights that are computed before P V is waited for; 0 for all.
+#include "int8_sm90_softmax.cuh"
 
-constexpr int kThreads = 128 * (WARPGROUPS + 1);
-constexpr int kQueryBytes = 64 * HEAD_DIM;
-constexpr int kTileBytes = KEYS * HEAD_DIM;  // of K, and of V
-constexpr int kConsumerRegisters = WARPGROUPS == 2 ? 240 : 160;
-constexpr int kProducerRegisters = WARPGROUPS == 2 ? 24 : 32;
-constexpr int kValueRowBytes = KEYS % 128 == 0 ? 128 : KEYS % 64 == 0 ? 64 : 32;
-constexpr int kScores = KEYS / 2;              // S registers of a thread
-constexpr int kOutputs = HEAD_DIM / 2;         // O registers of a thread
-constexpr int kColumns = kOutputs + 4 * ONES;  // with the row sums: of row lane / 4 first, of 8 rows on third
-constexpr int kOnesBytes = ONES * 1024;        // behind each stage of V
-static_assert(!ONES || KEYS == 128, "8 rows of ones follow V's in one swizzled image");
-constexpr u32 kMagicBits = 0x4B400000;
-constexpr float kMagic = 12582912.f;
-constexpr float kLog2Stretch = 8.807354922f - HEADROOM;  // log2(448): the row maximum becomes E4M3's largest value
-constexpr float kLineUnits = 16384.f;                    // a line's fixed point
-constexpr float kLineStart = 8388608.f;                  // 2^23: from here on a float's lowest bit counts ones
-constexpr float kLineShift = (127.f - 0.0564f) * kLineUnits + kLineStart;  // less what the line exceeds 2^x on average
-
-struct Ring {
-  int stage = 0;
-  u32 parity = 0;
-  DEVICE void advance() {
-    if (++stage == STAGES) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-// Shared memory: Q [WARPGROUPS], K ring, V ring, barriers. Swizzles repeat every 1024 bytes, so tiles start at
-// multiples.
-struct Shared {
-  u32 base;
-  static constexpr int kKey = WARPGROUPS * kQueryBytes;
-  static constexpr int kValue = kKey + STAGES * kTileBytes;
-  static constexpr int kBarriers = kValue + STAGES * (kTileBytes + kOnesBytes);
-  DEVICE u32 query(int warpgroup) const { return base + warpgroup * kQueryBytes; }
-  DEVICE u32 key(int stage) const { return base + kKey + stage * kTileBytes; }
-  DEVICE u32 value(int stage) const { return base + kValue + stage * (kTileBytes + kOnesBytes); }
-  DEVICE u32 key_full(int stage) const { return base + kBarriers + 8 * stage; }
-  DEVICE u32 key_empty(int stage) const { return key_full(STAGES + stage); }
-  DEVICE u32 value_full(int stage) const { return key_full(2 * STAGES + stage); }
-  DEVICE u32 value_empty(int stage) const { return key_full(3 * STAGES + stage); }
-  DEVICE u32 query_full(int warpgroup) const { return key_full(4 * STAGES + warpgroup); }
-  DEVICE u32 query_empty(int warpgroup) const { return key_full(4 * STAGES + WARPGROUPS + warpgroup); }
-};
-
-DEVICE void produce(const Int8Params& p, const Shared& shared) {
-  Ring keys, values;
-  u32 query_parities = ~0u;  // a bit for each warpgroup
-  Schedule schedule(p);
-  Tile tile;
-  while (schedule.advance(tile)) {
-    const u8* query = p.query_codes + (i64(tile.batch * p.heads + tile.head) * p.query_rows + tile.row) * HEAD_DIM;
-    const u8* key = p.key_codes + i64(tile.kv_head) * p.key_blocks * kTileBytes;
-    const u8* value = p.value_codes + i64(tile.kv_head) * p.key_blocks * kTileBytes;
-    for (int block = 0; block <= tile.key_blocks; ++block) {
-      if (block < tile.key_blocks) {
-        mbarrier_wait(shared.key_empty(keys.stage), keys.parity ^ 1);
-        mbarrier_arrive_expect_bytes(shared.key_full(keys.stage), kTileBytes);
-        bulk_load(shared.key(keys.stage), key + i64(block) * kTileBytes, kTileBytes, shared.key_full(keys.stage));
-        keys.advance();
-      }
-      if (block == 0) {
-        for (int warpgroup = 0; warpgroup < tile.units; ++warpgroup) {
-          mbarrier_wait(shared.query_empty(warpgroup), query_parities >> warpgroup & 1);
-          query_parities ^= 1 << warpgroup;
-          mbarrier_arrive_expect_bytes(shared.query_full(warpgroup), kQueryBytes);
-          bulk_load(shared.query(warpgroup), query + warpgroup * kQueryBytes, kQueryBytes,
-                    shared.query_full(warpgroup));
-        }
-      } else {
-        mbarrier_wait(shared.value_empty(values.stage), values.parity ^ 1);
-        mbarrier_arrive_expect_bytes(shared.value_full(values.stage), kTileBytes);
-        bulk_load(shared.value(values.stage), value + i64(block - 1) * kTileBytes, kTileBytes,
-                  shared.value_full(values.stage));
-        values.advance();
-      }
-    }
-  }
-}
-
-// One warpgroup's 64 rows. A thread holds rows lane / 4 and lane / 4 + 8 of its warp's 16: index 0 and 1 of the pairs.
-struct Consumer {
-  const Int8Params& p;
+// One warpgroup's 64 rows.
+struct Consumer : Softmax {
   const Shared& shared;
-  int warpgroup, warp, lane;
+  int warpgroup, warp;
+  u32 parked;
   Ring keys, values;
   u32 query_parity = 0;
-  u32 scores[kScores];
-  u32 weights[kScores / 4];
   float output[kColumns];
-#if PROMOTE
+#if PROMOTE && !PARK
   float partial[kColumns];
 #endif
-  float maximum[2], row_sum[2], rescale[2], query_scale[2];
 
   DEVICE Consumer(const Int8Params& p, const Shared& shared)
-      : p(p),
+      : Softmax(p),
         shared(shared),
         warpgroup(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0)),
         warp(threadIdx.x / 32 % 4),
-        lane(threadIdx.x % 32) {}
+        parked(shared.parked(threadIdx.x - 128)) {}
 
   DEVICE int thread_row() const { return warpgroup * 64 + warp * 16 + lane / 4; }
 
@@ -123,12 +39,6 @@ struct Consumer {
   }
 
   DEVICE void wait_key() { mbarrier_wait(shared.key_full(keys.stage), keys.parity); }
-
-  // Volatile, so that it comes before the turn with the tensor cores begins.
-  DEVICE void start_scores() {
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) asm volatile("mov.u32 %0, %1;" : "=r"(scores[i]) : "n"(kMagicBits));
-  }
 
   DEVICE void issue_qk() {
     const u64 query = matrix_descriptor<HEAD_DIM>(shared.query(warpgroup));
@@ -143,13 +53,12 @@ struct Consumer {
     mbarrier_wait(shared.value_full(values.stage), values.parity);
     constexpr int kStepsPerRow = kValueRowBytes / 32;  // then the next slab of HEAD_DIM rows
     const u64 value = matrix_descriptor<kValueRowBytes>(shared.value(values.stage));
-#if PROMOTE
+#if PROMOTE && !PARK
     float (&target)[kColumns] = partial;
-    const bool starts = block % PROMOTE == 0;
 #else
     float (&target)[kColumns] = output;
-    const bool starts = false;
 #endif
+    const bool starts = PROMOTE && block % max(PROMOTE, 1) == 0;
     wgmma_fence(target);
 #pragma unroll
     for (int step = 0; step < KEYS / 32; ++step) {
@@ -159,74 +68,8 @@ struct Consumer {
     wgmma_commit();
   }
 
-  // Keys beyond the end, and beyond the diagonal where causal, become -inf.
-  DEVICE void mask_scores(int first_key, int row, int key_length) {
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      const int key = first_key + i / 4 * 8 + lane % 4 * 2 + i % 2;
-      const int limit = p.is_causal ? min(key_length, row + (i / 2 % 2) * 8 + 1) : key_length;
-      if (key >= limit) scores[i] = 0xFF800000;
-    }
-  }
-
-  // Scores to weights in place (floats), the running maximum and sum, and what O must be rescaled by.
-  DEVICE void softmax(float key_scale) {
-    // Bits of positive floats, and -inf, order as integers do, for which there is a three-input maximum.
-    int largest[2] = {int(0x80000000), int(0x80000000)};
-#pragma unroll
-    for (int i = 0; i < kScores; i += 4) {
-      largest[0] = max(max(largest[0], int(scores[i])), int(scores[i + 1]));
-      largest[1] = max(max(largest[1], int(scores[i + 2])), int(scores[i + 3]));
-    }
-    float factor[2], offset[2], line_factor[2], line_offset[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      largest[r] = max(largest[r], __shfl_xor_sync(~0u, largest[r], 1));
-      largest[r] = max(largest[r], __shfl_xor_sync(~0u, largest[r], 2));
-      factor[r] = query_scale[r] * key_scale;
-      if (factor[r] < 1e-35f) factor[r] = 1e-35f;  // keeps 0 * -inf away; a NaN passes
-      const float previous = maximum[r];
-      const float scaled = (__int_as_float(largest[r]) - kMagic) * factor[r];
-      maximum[r] = scaled <= previous + HEADROOM ? previous : scaled;
-      const float shift = maximum[r] == -infinity() ? 0.f : maximum[r];
-      rescale[r] = exp2_approx(previous - shift);
-      if (!ONES) row_sum[r] *= rescale[r];
-      offset[r] = fmaf(-kMagic, factor[r], kLog2Stretch - shift);
-      line_factor[r] = factor[r] * kLineUnits;
-      line_offset[r] = fmaf(offset[r], kLineUnits, kLineShift);
-    }
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      const int r = i / 2 % 2;
-      const float score = __uint_as_float(scores[i]);
-      const bool on_line = (i / 4 * 2 + i % 2) * LINE % 8 + LINE >= 8;
-      const float weight = on_line ? exp2_line(fmaf(score, line_factor[r], line_offset[r]))
-                                   : exp2_approx(fmaf(score, factor[r], offset[r]));
-      if (!ONES) row_sum[r] += weight;
-      scores[i] = __float_as_uint(weight);
-    }
-  }
-
-  // 2^x by a straight line between powers of two (Schraudolph), within 6 %: x in fixed point has a float's bits.
-  static DEVICE float exp2_line(float fixed) { return __uint_as_float(__float_as_uint(fmaxf(fixed, kLineStart)) << 9); }
-
-  // S's accumulator layout is P's operand layout up to an order of keys that V's tiles have.
-  DEVICE void pack_weights() {
-#pragma unroll
-    for (int i = 0; i < kScores; i += 16) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const u32* s = scores + i + 2 * r;
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          weights[i / 4 + r + 2 * half] = pack_e4m3(__uint_as_float(s[8 * half]), __uint_as_float(s[8 * half + 1]),
-                                                    __uint_as_float(s[8 * half + 4]), __uint_as_float(s[8 * half + 5]));
-      }
-    }
-  }
-
   DEVICE void finish_pv() {
-#if PROMOTE
+#if PROMOTE && !PARK
     wgmma_wait<0>(partial);
 #else
     wgmma_wait<0>(output);
@@ -235,20 +78,60 @@ struct Consumer {
     values.advance();
   }
 
-  DEVICE void promote(const float (&factor)[2]) {
-#if PROMOTE
+  // All columns of ones have the same sums.
+  static DEVICE constexpr bool is_used(int i) { return i < kOutputs || i % 2 == 0; }
+
+  // Adds up in float32 what P V has accumulated, which then starts at zero.
+  DEVICE void promote() {
+#if PARK
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) output[i] = fmaf(output[i], factor[i / 2 % 2], partial[i]);
+    for (int i = 0; i < kColumns; i += 4) {
+      float4 sum = load_shared(parked + 512 * i);
+      sum.x += output[i], sum.y += output[i + 1], sum.z += output[i + 2], sum.w += output[i + 3];
+      store_shared(parked + 512 * i, sum);
+    }
+#elif PROMOTE
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i)
+      if (is_used(i)) output[i] += partial[i];
 #endif
   }
 
-  // To the new maximum, which seldom grows.
-  DEVICE void rescale_outputs() {
-    if (!__any_sync(~0u, rescale[0] != 1.f || rescale[1] != 1.f)) return;
+  DEVICE void clear_sums() {
+#if PARK
+#pragma unroll
+    for (int i = 0; i < kColumns; i += 4) store_shared(parked + 512 * i, make_float4(0.f, 0.f, 0.f, 0.f));
+#endif
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) output[i] = 0.f;
+  }
+
+  // The last promotion, to registers.
+  DEVICE void finish_sums() {
+#if PARK
+#pragma unroll
+    for (int i = 0; i < kColumns; i += 4) {
+      const float4 sum = load_shared(parked + 512 * i);
+      output[i] += sum.x, output[i + 1] += sum.y, output[i + 2] += sum.z, output[i + 3] += sum.w;
+    }
+#else
+    promote();
+#endif
+  }
+
+  DEVICE void rescale_sums() {
+#if PARK
+#pragma unroll
+    for (int i = 0; i < kColumns; i += 4) {
+      float4 sum = load_shared(parked + 512 * i);
+      sum.x *= rescale[0], sum.y *= rescale[0], sum.z *= rescale[1], sum.w *= rescale[1];
+      store_shared(parked + 512 * i, sum);
+    }
+#endif
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
-      output[i] *= rescale[i / 2 % 2];
-#if PROMOTE
+      if (is_used(i)) output[i] *= rescale[i / 2 % 2];
+#if PROMOTE && !PARK
       partial[i] *= rescale[i / 2 % 2];
 #endif
     }
@@ -271,7 +154,6 @@ struct Consumer {
   }
 
   DEVICE void run(const Tile& tile) {
-    constexpr float kOne[2] = {1.f, 1.f};
     const int row = tile.row + thread_row();
     const i64 query_row = i64(tile.batch * p.heads + tile.head) * p.query_rows + row;
     const float* key_scales = p.key_scale + i64(tile.kv_head) * p.key_blocks;
@@ -281,9 +163,7 @@ struct Consumer {
       maximum[r] = -infinity();
       row_sum[r] = 0.f;
     }
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) output[i] = 0.f;
-
+    clear_sums();
     mbarrier_wait(shared.query_full(warpgroup), query_parity);
     if (tile.key_blocks > 0) {
       const int unmasked = (p.is_causal ? min(tile.key_length, tile.row + warpgroup * 64 + 1) : tile.key_length) / KEYS;
@@ -295,13 +175,13 @@ struct Consumer {
       release(shared.key_empty(keys.stage));
       keys.advance();
       if (unmasked == 0) mask_scores(0, row, tile.key_length);
-      softmax(key_scale);
+      start_softmax(key_scale);
+      exponentials<0, kScores>();
       pack_weights();
       start_scores();
       if (tile.key_blocks > 1) wait_key();
       for (int block = 1; block < tile.key_blocks; ++block) {
         key_scale = key_scales[block];
-        float previous_rescale[2] = {rescale[0], rescale[1]};
         if (PINGPONG) named_barrier_sync(1 + warpgroup, 256);
         issue_qk();
         issue_pv(block - 1);
@@ -310,25 +190,20 @@ struct Consumer {
         release(shared.key_empty(keys.stage));
         keys.advance();
         if (block >= unmasked) mask_scores(block * KEYS, row, tile.key_length);
-        softmax(key_scale);
+        start_softmax(key_scale);
+        exponentials<0, kEarly>();
         // Here, so that a branch keeps the wait for P V behind the exponentials, where the assembler would hoist it.
         if (block + 1 < tile.key_blocks) wait_key();
         finish_pv();
-        if (PROMOTE == 1) {
-          promote(previous_rescale);
-        } else {
-          if (block % max(PROMOTE, 1) == 0) promote(kOne);
-          rescale_outputs();
-        }
+        if (PROMOTE && block % max(PROMOTE, 1) == 0) promote();
+        if (grown) rescale_sums();
+        exponentials<kEarly, kScores>();
         pack_weights();
         start_scores();
       }
       issue_pv(tile.key_blocks - 1);
       finish_pv();
-      if (PROMOTE == 1)
-        promote(rescale);
-      else
-        promote(kOne);
+      finish_sums();
     }
     release(shared.query_empty(warpgroup));
     query_parity ^= 1;

@@ -1,4 +1,4 @@
-// The parameter of the three kernels of int8_sm90_quantize.cu and int8_sm90_attention.cu; _Parameters in int8_sm90.py.
+// The parameter of the kernels of int8_sm90_prepare.cu and int8_sm90_attention.cu; _Parameters in int8_sm90.py.
 #pragma once
 #include "sm90.cuh"
 

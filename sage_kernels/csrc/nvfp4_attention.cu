@@ -179,12 +179,6 @@ __device__ __forceinline__ TileRange find_range(const Parameters& p, const Item&
   return range;
 }
 
-__device__ __forceinline__ Position find_position(const Parameters& p, const Item& item, u32 block, u32 tile) {
-  Position at = {item.query_tile * QUERY_TILE + block * QUERY_BLOCK, tile * KEY_TILE, item.keys, p.mask};
-  if (MASK) at.mask += (item.batch * p.mask_strides[0] + item.head * p.mask_strides[1]) * mask_width(p);
-  return at;
-}
-
 __device__ __forceinline__ void consume(const Parameters& p) {
   Pipeline pipeline;
   Rows rows;
@@ -211,14 +205,13 @@ __device__ __forceinline__ void consume(const Parameters& p) {
         return attend_tile<false>(p, rows, stage, Position{}, pipeline.second_time(), lane);
       });
     // Tiles that need masking, and those that only other warps need.
-    TileRange range = find_range(p, get_item(p, index + keep(u32(0))), delta / 64);
-    u32 tile = range.open;
-    while (tile < range.seen) {
-      Item item = get_item(p, index + keep(u32(0)));
-      tile += is_skipped(item, tile) || take_tile([&](const StageView& stage) {
-                return attend_tile<true>(p, rows, stage, find_position(p, item, delta / 64, tile),
-                                         pipeline.second_time(), lane);
-              });
+    u32 tile = find_range(p, get_item(p, index + keep(u32(0))), delta / 64).open;
+    while (tile < find_range(p, get_item(p, index + keep(u32(0))), delta / 64).seen) {
+      if (!is_skipped(get_item(p, index + keep(u32(0))), tile) && !take_tile([&](const StageView& stage) {
+            return attend_tile<true>(p, rows, stage, Position{index, delta / 64, tile}, pipeline.second_time(), lane);
+          }))
+        continue;
+      ++tile;
     }
     for (; tile < get_item(p, index + keep(u32(0))).tiles; ++tile) take_tile([](const StageView&) { return true; });
     store_rows(p, get_item(p, index + keep(u32(0))), rows, delta / 64, lane);

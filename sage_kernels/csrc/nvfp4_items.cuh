@@ -77,7 +77,8 @@ __device__ __forceinline__ Item get_item(const Parameters& p, u32 index) {
   if (p.causal) item.query_tile = p.query_tiles - 1 - item.query_tile;  // the longest first
   item.batch = head_index / p.heads;
   item.head = head_index % p.heads;
-  item.kv_head = item.batch * p.kv_heads + item.head / (p.heads / p.kv_heads);
+  item.kv_head =
+      item.batch * p.kv_heads + item.head / (keep(u32(p.heads)) / p.kv_heads);  // no register for a whole item
   item.keys = p.key_length;
   if (p.key_lengths) item.keys = max(0, min(item.keys, p.key_lengths[item.batch]));
   int last = item.keys;

@@ -83,16 +83,14 @@ __device__ __forceinline__ float max_over_lanes(float x, u32 lanes) {
   return x;
 }
 
-// Codes and scale of LANE_CHANNELS neighbouring channels; the lanes of a group agree on the scale.
-__device__ __forceinline__ u32 quantize_channels(const float (&x)[LANE_CHANNELS], GroupScale& scale) {
+// Codes, scale and rounded values of LANE_CHANNELS neighbouring channels; the lanes of a group agree on the scale.
+template <class... Values>
+__device__ __forceinline__ u32 quantize_channels(const float (&x)[8], GroupScale& scale, Values&... values) {
   float absmax = 0.0f;
 #pragma unroll
   for (u32 i = 0; i < LANE_CHANNELS; ++i) absmax = max_nan(absmax, fabsf(x[i]));
   scale = group_scale(max_over_lanes(absmax, GROUP / LANE_CHANNELS));
-  float elements[8] = {};
-#pragma unroll
-  for (u32 i = 0; i < LANE_CHANNELS; ++i) elements[i] = scaled_element(x[i], scale);
-  return to_e2m1x8(elements);
+  return quantize_elements(x, scale, values...);
 }
 
 // Stores LANE_CHANNELS codes that start at channel LANE_CHANNELS * lane into word `word` of an image in shared memory.
@@ -140,30 +138,30 @@ __device__ void quantize_queries(const Parameters& p, u32 index) {
       sums[i] += x;
       absmax = max_nan(absmax, fabsf(x));
     }
-  float scale = power_of_two_scale(max_over_lanes(absmax, WARP));
+  float scale = power_of_two_scale(max_over_lanes(absmax, WARP)), signed_scale = scale * p.query_sign;
 
   u32 channel = lane * LANE_CHANNELS, step = channel / 64, within = channel % 64, thread = within % 32 / 8;
   GroupScale group;
-  float means[LANE_CHANNELS];
+  float means[8] = {}, rounded[8];
 #pragma unroll
   for (u32 i = 0; i < LANE_CHANNELS; ++i) means[i] = count ? sums[i] / float(count) * p.query_sign * scale : 0.0f;
-  u32 codes = quantize_channels(means, group);
+  u32 codes = quantize_channels(means, group, rounded);
   store_codes(mean_image, (step * WARP + 4 * warp + thread) * 2 + within / 32, codes, lane);
   if (within % GROUP == 0) {
     mean_image[MEAN_CODE_BYTES + (4 * warp + 2 * step) * 4 + within / GROUP] = u8(group.code);
     if (K_STEPS == 1) mean_image[MEAN_CODE_BYTES + (4 * warp + 2) * 4 + within / GROUP] = u8(group.code);
   }
 #pragma unroll
-  for (u32 i = 0; i < LANE_CHANNELS; ++i) means[i] = decode_e2m1(codes, i) * group.value;
+  for (u32 i = 0; i < LANE_CHANNELS; ++i) means[i] = rounded[i] * group.value;
 
   u8* image = images + warp * QUERY_BYTES;
 #pragma unroll
   for (u32 row = 0; row < QUERY_BLOCK; ++row) {
-    float x[LANE_CHANNELS];
+    float x[8] = {};
 #pragma unroll
     for (u32 i = 0; i < LANE_CHANNELS; ++i) {
-      float q = to_float(p, raw[row][i / 2] >> (16 * (i & 1))) * p.query_sign * scale;
-      x[i] = row < count ? q - means[i] : 0.0f;
+      float q = to_float(p, raw[row][i / 2] >> (16 * (i & 1)));
+      x[i] = row < count ? fmaf(q, signed_scale, -means[i]) : 0.0f;
     }
     u32 row_codes = quantize_channels(x, group);
     u32 m = row / 16, g = row % 8, high = row / 8 % 2;
@@ -192,15 +190,21 @@ __device__ void collect_statistics(const Parameters& p, u32 index) {
   u32 piece = threadIdx.x % PIECES, row = threadIdx.x / PIECES;
   int end = min((chunk + 1) * p.chunk_tokens, valid_keys(p, batch));
   float sum[8] = {}, absmax = 0.0f;
-  for (int token = chunk * p.chunk_tokens + row; row < ROWS && token < end; token += ROWS) {
-    u32 pairs[4];
-    load_channels<8>(p, row_of(x, batch, head, token), x.strides[3], piece * 8, pairs);
+  constexpr u32 IN_FLIGHT = 4;  // loads
+  for (int token = chunk * p.chunk_tokens + row; row < ROWS && token < end; token += IN_FLIGHT * ROWS) {
+    u32 pairs[IN_FLIGHT][4] = {};
 #pragma unroll
-    for (u32 i = 0; i < 8; ++i) {
-      float value = to_float(p, pairs[i / 2] >> (16 * (i & 1)));
-      sum[i] += value;
-      absmax = max_nan(absmax, fabsf(value));
-    }
+    for (u32 load = 0; load < IN_FLIGHT; ++load)
+      if (token + int(load * ROWS) < end)
+        load_channels<8>(p, row_of(x, batch, head, token + load * ROWS), x.strides[3], piece * 8, pairs[load]);
+#pragma unroll
+    for (u32 load = 0; load < IN_FLIGHT; ++load)
+#pragma unroll
+      for (u32 i = 0; i < 8; ++i) {
+        float value = to_float(p, pairs[load][i / 2] >> (16 * (i & 1)));
+        sum[i] += value;
+        absmax = max_nan(absmax, fabsf(value));
+      }
   }
   if (row < ROWS)
 #pragma unroll
@@ -239,6 +243,7 @@ __device__ __forceinline__ void finish_statistics(const Parameters& p, u32 head_
   for (u32 i = threadIdx.x; i < 2 * HEAD_DIM; i += THREADS) {
     const float* sums = p.partial_sums + i64(head_index) * p.chunks * 2 * HEAD_DIM + i;
     float total = 0.0f;
+#pragma unroll 8
     for (int chunk = 0; chunk < p.chunks; ++chunk) total += sums[chunk * 2 * HEAD_DIM];
     statistics.means[i / HEAD_DIM][i % HEAD_DIM] = total / float(count);
   }
@@ -254,20 +259,27 @@ __device__ __forceinline__ void finish_statistics(const Parameters& p, u32 head_
 // 64 keys in two digits. A thread takes 8 channels of a key: one word of a B fragment.
 __device__ __forceinline__ void quantize_keys(const Parameters& p, const HeadStatistics& statistics, u8* image,
                                               u32 batch, u32 head, u32 tile, int keys) {
-  constexpr u32 PIECES = CONTRACTION / 8;
+  constexpr u32 PIECES = CONTRACTION / 8, JOBS = KEY_TILE * PIECES / THREADS;
   float scale = statistics.scales[0];
-  for (u32 job = threadIdx.x; job < KEY_TILE * PIECES; job += THREADS) {
-    u32 piece = job % PIECES, key = job / PIECES, token = tile * KEY_TILE + key;
+  u32 piece = threadIdx.x % PIECES;
+  u32 pairs[JOBS][4] = {};
+#pragma unroll
+  for (u32 job = 0; job < JOBS; ++job) {
+    u32 token = tile * KEY_TILE + (job * THREADS + threadIdx.x) / PIECES;
+    if (int(token) < keys)
+      load_channels<8>(p, row_of(p.key, batch, head, token), p.key.strides[3], piece * 8, pairs[job]);
+  }
+  float offsets[8];
+#pragma unroll
+  for (u32 i = 0; i < 8; ++i) offsets[i] = -statistics.means[0][(piece * 8 + i) % HEAD_DIM] * scale;
+#pragma unroll
+  for (u32 job = 0; job < JOBS; ++job) {
+    u32 key = (job * THREADS + threadIdx.x) / PIECES, token = tile * KEY_TILE + key;
     float x[8];
-    u32 pairs[4];
-    bool valid = int(token) < keys;
-    if (valid) load_channels<8>(p, row_of(p.key, batch, head, token), p.key.strides[3], piece * 8, pairs);
 #pragma unroll
     for (u32 i = 0; i < 8; ++i) {
-      u32 channel = piece * 8 + i;
-      bool used = valid && int(channel) < p.head_dim;
-      x[i] =
-          used ? (to_float(p, pairs[i / 2] >> (16 * (i & 1))) - statistics.means[0][channel % HEAD_DIM]) * scale : 0.0f;
+      bool used = int(token) < keys && int(piece * 8 + i) < p.head_dim;
+      x[i] = used ? fmaf(to_float(p, pairs[job][i / 2] >> (16 * (i & 1))), scale, offsets[i]) : 0.0f;
     }
     u32 step = piece / 8, within = piece % 8;
     u32 in_half = key % 32, n = key / 32 * 4 + in_half % 8 / 2, g = in_half / 8 * 2 + in_half % 2;
@@ -276,18 +288,14 @@ __device__ __forceinline__ void quantize_keys(const Parameters& p, const HeadSta
     u32 scale_offset = KEY_CODE_BYTES + ((4 * g + scale_word % 4) * (2 * K_STEPS) + scale_word / 4) * 4 + within / 2;
 #pragma unroll
     for (u32 digit = 0; digit < 2; ++digit) {
-      float absmax = 0.0f;
+      float absmax = 0.0f, rounded[8];
 #pragma unroll
       for (u32 i = 0; i < 8; ++i) absmax = max_nan(absmax, fabsf(x[i]));
       GroupScale group = group_scale(max_over_lanes(absmax, 2));
-      float elements[8];
-#pragma unroll
-      for (u32 i = 0; i < 8; ++i) elements[i] = scaled_element(x[i], group);
-      u32 codes = to_e2m1x8(elements);
-      *reinterpret_cast<u32*>(image + digit * KEY_BYTES + code_offset) = codes;
+      *reinterpret_cast<u32*>(image + digit * KEY_BYTES + code_offset) = quantize_elements(x, group, rounded);
       if (within % 2 == 0) image[digit * KEY_BYTES + scale_offset] = u8(group.code);
 #pragma unroll
-      for (u32 i = 0; i < 8; ++i) x[i] -= decode_e2m1(codes, i) * group.value;
+      for (u32 i = 0; i < 8; ++i) x[i] = fmaf(-rounded[i], group.value, x[i]);
     }
   }
 }
@@ -309,21 +317,20 @@ __device__ __forceinline__ void quantize_values(const Parameters& p, const HeadS
     }
 #pragma unroll
     for (u32 c = 0; c < 2; ++c) {
-      float mean = statistics.means[1][channel + c], x[GROUP], absmax = 0.0f;
+      float offset = -statistics.means[1][channel + c] * scale, x[2][8], absmax = 0.0f;
 #pragma unroll
       for (u32 i = 0; i < GROUP; ++i) {
-        x[i] = int(token + i) < keys ? (to_float(p, raw[i] >> (16 * c)) - mean) * scale : 0.0f;
-        absmax = max_nan(absmax, fabsf(x[i]));
+        float& element = x[i / 8][i % 8];
+        element = int(token + i) < keys ? fmaf(to_float(p, raw[i] >> (16 * c)), scale, offset) : 0.0f;
+        absmax = max_nan(absmax, fabsf(element));
       }
       GroupScale group = group_scale(absmax);
       u32 n = channel / 8, g = channel % 8 + c, word = 2 * n + group_index / 2;
 #pragma unroll
       for (u32 half = 0; half < 2; ++half) {
-        float elements[8];
-#pragma unroll
-        for (u32 i = 0; i < 8; ++i) elements[i] = scaled_element(x[8 * half + i], group);
         u32 thread = group_index % 2 * 2 + half;
-        *reinterpret_cast<u32*>(image + ((word / 4 * WARP + 4 * g + thread) * 4 + word % 4) * 4) = to_e2m1x8(elements);
+        *reinterpret_cast<u32*>(image + ((word / 4 * WARP + 4 * g + thread) * 4 + word % 4) * 4) =
+            quantize_elements(x[half], group);
       }
       image[VALUE_CODE_BYTES + ((4 * g + n % 4) * VALUE_SCALES + n / 4) * 4 + group_index] = u8(group.code);
     }

@@ -9,7 +9,7 @@ constexpr u32 E4M3_NAN = 0x7F;
 struct GroupScale {
   u32 code;          // E4M3
   float value;       // 0 where the group's codes must be 0: its scale rounds to zero or is NaN
-  float reciprocal;  // correctly rounded
+  float reciprocal;  // correctly rounded, and 0 where value is
 };
 
 // x / scale, correctly rounded: one Newton step on the quotient (Markstein), exact because the reciprocal is.
@@ -18,28 +18,32 @@ __device__ __forceinline__ float divide_exactly(float x, float divisor, float re
   return fmaf(fmaf(-quotient, divisor, x), reciprocal, quotient);
 }
 
+// 1 / x, correctly rounded: one Newton step, which is enough unless x has a mantissa of ones (Markstein); E4M3's have 4
+// bits.
+__device__ __forceinline__ float reciprocal(float x) {
+  float guess = reciprocal_approx(x);
+  return fmaf(fmaf(-guess, x, 1.0f), guess, guess);
+}
+
 // Scale of a group from its largest magnitude, which is NaN or infinite where an element is.
 __device__ __forceinline__ GroupScale group_scale(float absmax) {
   GroupScale scale = {E4M3_NAN, 0.0f, 0.0f};
   if (absmax <= LARGEST_FLOAT) {
     scale.code = to_e4m3(divide_exactly(absmax, E2M1_MAX, 1.0f / E2M1_MAX));
     scale.value = from_e4m3(scale.code);
-    scale.reciprocal = scale.value > 0.0f ? __frcp_rn(scale.value) : 0.0f;
+    scale.reciprocal = scale.value > 0.0f ? reciprocal(scale.value) : 0.0f;
   }
   return scale;
 }
 
-__device__ __forceinline__ float scaled_element(float x, const GroupScale& scale) {
-  return scale.value > 0.0f ? divide_exactly(x, scale.value, scale.reciprocal) : 0.0f;
-}
-
-// What E2M1 code `index` of `word` stands for.
-__device__ __forceinline__ float decode_e2m1(u32 word, u32 index) {
-  u32 code = word >> (4 * index);
-  u32 magnitude = code & 7;
-  // 2 exponent bits and 1 mantissa bit, moved to a half's; the bias is 1 there and 15 here.
-  float value = from_f16(u16(magnitude << 9)) * 16384.0f;
-  return code & 8 ? -value : value;
+// Codes of eight elements of a group, and what they stand for in units of the scale where `values` is asked for.
+template <class... Values>
+__device__ __forceinline__ u32 quantize_elements(const float (&x)[8], const GroupScale& scale, Values&... values) {
+  float elements[8];
+#pragma unroll
+  for (u32 i = 0; i < 8; ++i) elements[i] = divide_exactly(x[i], scale.value, scale.reciprocal);
+  u32 codes = to_e2m1x8(elements, values...);
+  return scale.value > 0.0f ? codes : 0;
 }
 
 // The power of two that brings `absmax` into (672, 1344]; 1 for zero, NaN and infinity. (reference.power_of_two_scale)

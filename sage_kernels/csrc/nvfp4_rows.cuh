@@ -89,11 +89,9 @@ __device__ __forceinline__ u32 round_weights(const float (&scores)[4][4], u32 ro
   return to_e2m1x8(weights);
 }
 
-// Where the consumer is, for masks.
+// Where the consumer is, for masks: work item, query block and key tile.
 struct Position {
-  u32 first_row, first_key;  // of the warp and of the key tile
-  int keys;                  // valid keys
-  const u8* mask;            // of (batch, head), or null
+  u32 index, block, tile;
 };
 
 // One mask element, in powers of two.
@@ -117,15 +115,20 @@ __device__ __forceinline__ u32 mask_width(const Parameters& p) {
 // Scores that may not be seen become -inf. With a mask tensor the scores become powers of two (their factor is then 1).
 __device__ __forceinline__ void mask_scores(const Parameters& p, const Position& at, float factor,
                                             float (&scores)[4][4], u32 m, u32 half, u32 lane) {
-  u32 first_key = at.first_key + half * 32 + 8 * (lane & 3);
 #pragma unroll
   for (u32 row_half = 0; row_half < 2; ++row_half) {
-    u32 row = keep(at.first_row) + 16 * m + 8 * row_half + (lane >> 2);
-    int limit = at.keys;
+    // With a mask tensor there is no register to spare for what is the same in every call: it is computed anew.
+    u32 here = MASK ? keep(lane) : lane;
+    Item item = get_item(p, MASK ? keep(at.index) : at.index);
+    u32 row = item.query_tile * QUERY_TILE + at.block * QUERY_BLOCK + 16 * m + 8 * row_half + (here >> 2);
+    u32 first_key = at.tile * KEY_TILE + half * 32 + 8 * (here & 3);
+    int limit = item.keys;
     if (p.causal) limit = min(limit, int(row) + 1);
     const u8* address = nullptr;
     if (MASK)
-      address = keep(at.mask + (i64(row) * p.mask_strides[2] + i64(first_key) * p.mask_strides[3]) * mask_width(p));
+      address = keep(p.mask + (item.batch * p.mask_strides[0] + item.head * p.mask_strides[1] +
+                               i64(row) * p.mask_strides[2] + i64(first_key) * p.mask_strides[3]) *
+                                  mask_width(p));
 #pragma unroll
     for (u32 i = 0; i < 8; ++i) {
       float& score = scores[i >> 1][2 * row_half + (i & 1)];
@@ -223,15 +226,15 @@ __device__ __forceinline__ void multiply_pv_pair(Rows& rows, const StageView& st
   }
 }
 
-// P V and the row sum of P. `scales`: one byte for each half of the tile, of the group that a lane shares with its
-// pair.
+// P V and the row sum of P. `scales`: of the groups that a lane shares with its pair, byte 2 * half + m.
 __device__ __forceinline__ void multiply_pv(Rows& rows, const StageView& stage, const u32 (&weights)[2][4],
-                                            const u32 (&scales)[2]) {
+                                            u32 scales) {
   u32 weight_scale[2], value_scale[VALUE_SCALES];
   load_value_scales(value_scale, stage);
-#pragma unroll
-  for (u32 m = 0; m < 2; ++m)  // lanes 0 and 1 of a quad hold keys 0..15, lanes 2 and 3 keys 16..31 of both halves
-    weight_scale[m] = permute_bytes(scales[m], __shfl_xor_sync(ALL_LANES, scales[m], 2), 0x5140);
+  // Lanes 0 and 1 of a quad hold keys 0..15, lanes 2 and 3 keys 16..31 of both halves.
+  u32 others = __shfl_xor_sync(ALL_LANES, scales, 2);
+  weight_scale[0] = permute_bytes(scales, others, 0x6240);
+  weight_scale[1] = permute_bytes(scales, others, 0x7351);
   multiply_pv_pair<0>(rows, stage, value_scale, weights, weight_scale);
   multiply_pv_pair<2>(rows, stage, value_scale, weights, weight_scale);
   multiply_pv_pair<4>(rows, stage, value_scale, weights, weight_scale);
@@ -271,17 +274,19 @@ struct Half {
 #pragma unroll
     for (u32 m = 0; m < 2; ++m) largest[m] = fmaf(group[m], factor, rows.shift[m]);
   }
-  // Two-level quantisation of the weights (section 3.2).
-  __device__ __forceinline__ void quantize(const Rows& rows, float factor, u32 lane, u32 half, u32 (&weights)[2][4],
-                                           u32 (&scales)[2]) {
+  // Two-level quantisation of the weights (section 3.2). Returns the scales of both m-tiles, a byte each.
+  __device__ __forceinline__ u32 quantize(const Rows& rows, float factor, u32 lane, u32 half, u32 (&weights)[2][4]) {
+    u32 scales = to_e4m3x2(exp2_approx(largest[0] - LOG2_E2M1_MAX), exp2_approx(largest[1] - LOG2_E2M1_MAX));
+    float rounded[2];
+    from_e4m3x2(scales, rounded[0], rounded[1]);
 #pragma unroll
     for (u32 m = 0; m < 2; ++m) {
-      scales[m] = to_e4m3(exp2_approx(largest[m] - LOG2_E2M1_MAX));
       float low, high;
-      share_with_pair(rows.shift[m] - log2_approx(from_e4m3(scales[m])), lane, low, high);
+      share_with_pair(rows.shift[m] - log2_approx(rounded[m]), lane, low, high);
       weights[m][2 * half] = round_weights(scores[m], 0, factor, low);
       weights[m][2 * half + 1] = round_weights(scores[m], 1, factor, high);
     }
+    return scales;
   }
 };
 
@@ -291,7 +296,7 @@ struct Half {
 template <bool MASKED>
 __device__ __forceinline__ bool attend_tile(const Parameters& p, Rows& rows, const StageView& stage, const Position& at,
                                             bool second_time, u32 lane) {
-  u32 weights[2][4], first[2], second[2];
+  u32 weights[2][4], first, second;
   float factor = MASKED && MASK ? 1.0f : rows.factor;
   {
     Half half;
@@ -299,15 +304,13 @@ __device__ __forceinline__ bool attend_tile(const Parameters& p, Rows& rows, con
       raise_maximum(rows, half.group, factor, lane);
       half.measure(rows, factor);
     }
-    half.quantize(rows, factor, lane, 0, weights, first);
+    first = half.quantize(rows, factor, lane, 0, weights);
   }
   Half half;
   bool late = half.score<MASKED, 1>(p, rows, stage, at, factor, lane);
-  half.quantize(rows, factor, lane, 1, weights, second);
-  u32 scales[2];
-#pragma unroll
-  for (u32 m = 0; m < 2; ++m) scales[m] = permute_bytes(second_time ? 0 : first[m], late ? 0 : second[m], 0x7640);
-  multiply_pv(rows, stage, weights, scales);
+  second = half.quantize(rows, factor, lane, 1, weights);
+  // Bytes 0 and 1: the m-tiles of the first half; 2 and 3: of the second.
+  multiply_pv(rows, stage, weights, permute_bytes(second_time ? 0 : first, late ? 0 : second, 0x5410));
   if (late) raise_maximum(rows, half.group, factor, lane);
   return !late;
 }

@@ -138,6 +138,12 @@ __device__ __forceinline__ float log2_approx(float x) {
   return y;
 }
 
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ float divide_approx(float x, float y) {
   float quotient;
   asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(quotient) : "f"(x), "f"(y));
@@ -157,19 +163,31 @@ __device__ __forceinline__ u32 permute_bytes(u32 a, u32 b, u32 selector) {
   return y;
 }
 
-// E4M3 of x, rounded to nearest even, in the low byte; NaN and infinities give NaN (0x7F) as in formats/fp8_e4m3.py.
-__device__ __forceinline__ u32 to_e4m3(float x) {
-  u16 y;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(y) : "f"(0.0f), "f"(x));
+// E4M3 of two floats, rounded to nearest even, `low` in the low byte; NaN and infinities give NaN (0x7F) as in
+// formats/fp8_e4m3.py.
+__device__ __forceinline__ u32 to_e4m3x2(float low, float high) {
+  u32 y;
+  asm("{\n\t.reg .b16 y, zero;\n\tmov.b16 zero, 0;\n\tcvt.rn.satfinite.e4m3x2.f32 y, %1, %2;\n\t"
+      "mov.b32 %0, {y, zero};\n\t}"
+      : "=r"(y)
+      : "f"(high), "f"(low));
   return y;
 }
 
-__device__ __forceinline__ float from_e4m3(u32 byte) {
+__device__ __forceinline__ u32 to_e4m3(float x) { return to_e4m3x2(x, 0.0f); }
+
+__device__ __forceinline__ void from_e4m3x2(u32 bytes, float& low, float& high) {
   u32 half2;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(half2) : "h"(static_cast<u16>(byte)));
-  float y;
-  asm("{\n\t.reg .b16 low, high;\n\tmov.b32 {low, high}, %1;\n\tcvt.f32.f16 %0, low;\n\t}" : "=f"(y) : "r"(half2));
-  return y;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(half2) : "h"(static_cast<u16>(bytes)));
+  asm("{\n\t.reg .b16 l, h;\n\tmov.b32 {l, h}, %2;\n\tcvt.f32.f16 %0, l;\n\tcvt.f32.f16 %1, h;\n\t}"
+      : "=f"(low), "=f"(high)
+      : "r"(half2));
+}
+
+__device__ __forceinline__ float from_e4m3(u32 byte) {
+  float low, high;
+  from_e4m3x2(byte, low, high);
+  return low;
 }
 
 // Two floats as packed bf16 or fp16, `low` in the low half.

@@ -52,6 +52,18 @@ DEVICE void bulk_load(u32 destination, const void* source, u32 bytes, u32 barrie
       : "memory");
 }
 
+// ---- shared memory, by address -------------------------------------------------------------------------------------
+
+DEVICE float4 load_shared(u32 address) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address));
+  return x;
+}
+
+DEVICE void store_shared(u32 address, float4 x) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w));
+}
+
 // ---- roles ---------------------------------------------------------------------------------------------------------
 
 template <int kRegisters>
@@ -76,9 +88,10 @@ DEVICE void named_barrier_arrive(u32 id, u32 threads) {
 
 DEVICE float infinity() { return __uint_as_float(0x7f800000); }
 
+// Volatile, as pack_integers: compilers would move it behind a later wait for wgmma.
 DEVICE float exp2_approx(float x) {
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -92,6 +105,13 @@ DEVICE float reciprocal_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// Two integers, given in units of 2^-24, rounded to nearest and negative ones to 0: the bits of float16 denormals.
+DEVICE u32 pack_integers(float low, float high) {
+  u32 packed;
+  asm volatile("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
 }
 
 // Four floats as E4M3 bytes, a in the lowest; saturates at 448, NaN stays NaN.
@@ -128,7 +148,7 @@ DEVICE u32 pack_float16(float low, float high) {
 #define REGS_36 "{" REGS_10() ", " REGS_10(1) ", " REGS_10(2) ", %30, %31, %32, %33, %34, %35}"
 #define REGS_48 \
   "{" REGS_10() ", " REGS_10(1) ", " REGS_10(2) ", " REGS_10(3) ", %40, %41, %42, %43, %44, %45, %46, %47}"
-#define REGS_64                                                                                                     \
+#define REGS_64 \
   "{" REGS_10() ", " REGS_10(1) ", " REGS_10(2) ", " REGS_10(3) ", " REGS_10(4) ", " REGS_10(5) ", %60, %61, %62, " \
                                                                                                 "%63}"
 #define REGS_68 \

@@ -19,6 +19,7 @@ Neither of the two predictions is a measurement.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from collections import Counter
@@ -35,6 +36,7 @@ STEPS_A_QUADRANT = 2
 STEPS_A_MULTIPROCESSOR = 8
 SERIAL_SHARE = 0.79  # of the other pipes' cycles that the public kernel does not hide behind its MMAs
 PEAK_TFLOPS = 1676  # dense FP4, RTX 5090
+GOAL = 0.72  # share of the peak at the public kernel's overlap
 
 # Column titles of the table and the opcodes they stand for; anything else is "other".
 CLASSES: dict[str, tuple[str, ...]] = {
@@ -264,7 +266,7 @@ def format_report(report: Report) -> str:
         if loop is not None:
             listed = ", ".join(f"{label} {size}" for label, size in loop.detours.items()) or "none"
             lines.append(f"{title} loop at {loop.label}; detours not counted (first label, instructions): {listed}")
-    return "\n".join([*lines, *_format_predictions(report, public)])
+    return "\n".join([*lines, *_format_predictions(report, public), *_format_goal(report)])
 
 
 def _format_predictions(report: Report, public: PublicKernel | None) -> list[str]:
@@ -282,6 +284,31 @@ def _format_predictions(report: Report, public: PublicKernel | None) -> list[str
             f"{p.equal_overlap * PEAK_TFLOPS:.0f} of {PEAK_TFLOPS} TFLOP/s",
             f"  bound at full overlap: {p.full_overlap:.1%}, set by the {p.bound_by} pipe",
         ]
+    return lines
+
+
+def _format_goal(report: Report) -> list[str]:
+    """What the goal asks of every pipe, and what stands in its way."""
+    p, step = report.prediction, report.step
+    if p.equal_overlap >= GOAL:
+        return [f"goal: {GOAL:.0%} at the public kernel's overlap is met"]
+    useful = STEPS_A_QUADRANT * 16 * report.useful
+    allowed = (useful / GOAL - p.tensor) / SERIAL_SHARE
+    lines = [
+        f"goal: {GOAL:.0%} at the public kernel's overlap asks that each of M, I and S be at most {allowed:.0f} cycles "
+        f"beside T {p.tensor:.0f} ({p.tensor - useful:.0f} of it delta_s, the row sum and padding)"
+    ]
+    if p.issue > allowed:
+        lines.append(
+            f"  I is {p.issue - allowed:.0f} above: {(p.issue - allowed) / STEPS_A_QUADRANT:.0f} of "
+            f"{step.instructions - step.classes['OMMA']:.0f} instructions a step are too many; "
+            f"{step.classes['NOP']:.0f} of them are NOPs that the compiler puts behind an OMMA that another follows"
+        )
+    if p.shared > allowed:
+        lines.append(
+            f"  S is {p.shared - allowed:.0f} above: {(p.shared - allowed) / STEPS_A_MULTIPROCESSOR:.0f} of "
+            f"{step.wavefronts:.0f} wavefronts a step are too many"
+        )
     return lines
 
 
@@ -312,6 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--correctors", type=int, default=4, help="correction warps of a thread block (default: 4)")
     parser.add_argument("--max-instructions", type=float, help="fail above this many a step")
     parser.add_argument("--max-mufu", type=float, help="fail above this many a step")
+    parser.add_argument("--output", type=Path, help="also write the report and the cubin's SHA-256 here")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(arguments)
     useful = options.useful or useful_omma(options.rows, options.keys, options.head_dim)
@@ -321,7 +349,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (SassError, OSError, ValueError) as error:
         print(f"sass_budget: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(asdict(report), indent=2) if options.json else format_report(report))
+    text = json.dumps(asdict(report), indent=2) if options.json else format_report(report)
+    print(text)
+    if options.output is not None:
+        digest = hashlib.sha256(options.cubin.read_bytes()).hexdigest()
+        note = "" if options.json else f"\n{options.cubin.name}, SHA-256 {digest}"
+        options.output.write_text(f"{text}{note}\n", encoding="utf-8")
     failures = exceeded(report, options.max_instructions, options.max_mufu)
     for failure in failures:
         print(f"sass_budget: {failure}", file=sys.stderr)

@@ -16,7 +16,7 @@ import tomllib
 PROJECT = Path(__file__).resolve().parents[1]
 _TIME = (2020, 1, 1, 0, 0, 0)
 _PERMISSIONS = 0o100644 << 16
-_DATA_SUFFIXES = {"csrc": (".cu", ".cuh"), "package": (".py", ".typed")}
+_DATA_SUFFIXES = {"csrc": (".cu", ".cuh"), "package": (".py", ".typed", ".json")}
 
 
 def write_wheel(folder: Path, cubins: Mapping[str, bytes], project: Path = PROJECT) -> Path:

@@ -5,6 +5,8 @@ Tests marked `evidence("FAMILY")` are cases of tests/gpu/evidence/FAMILY.json. E
 of; the file then holds exactly the cases of that session.
 """
 
+import multiprocessing
+import os
 import subprocess
 from collections import defaultdict
 from pathlib import Path
@@ -19,6 +21,13 @@ ROOT = Path(__file__).resolve().parents[2]
 CASES = pytest.StashKey[dict[str, list[evidence.Case]]]()
 ERROR = pytest.StashKey[tuple[float, float]]()
 PHASES = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture(scope="session")
+def workers():
+    """Processes on all cores, for what has much to compile."""
+    with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count() or 1)) as pool:
+        yield pool
 
 
 @pytest.fixture

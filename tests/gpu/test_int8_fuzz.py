@@ -1,8 +1,5 @@
 """500 random calls of the INT8 rungs, through the public function, whichever kernel serves them."""
 
-import multiprocessing
-import os
-
 import pytest
 import torch
 
@@ -18,10 +15,9 @@ CASES, CASES_PER_TEST = 500, 20
 
 
 @pytest.fixture(scope="module")
-def results():
+def results(workers):
     """All cases, on all cores: most of the time goes into compiling."""
-    with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count() or 1)) as pool:
-        return pool.starmap(run_random_case, [(number, "cuda") for number in range(CASES)], chunksize=1)
+    return workers.starmap(run_random_case, [(number, "cuda") for number in range(CASES)], chunksize=1)
 
 
 @pytest.mark.parametrize("first", range(0, CASES, CASES_PER_TEST))

@@ -20,6 +20,7 @@ pytestmark = [
 ]
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 from sage_kernels.kernels.nvfp4_triton import RECIPE, NVFP4TritonKernel  # noqa: E402 after the skip
+from warm_nvfp4_triton import warm  # noqa: E402
 
 # Relative L1 against the quantised reference: the output's own rounding, 2^-10.5 on average for bf16 and 2^-13.5 for
 # fp16, and weights that the last bits of a score or an exponential carry across a rounding boundary.
@@ -27,7 +28,17 @@ BOUND = {torch.bfloat16: 2.5e-3, torch.float16: 1.5e-3}
 LSE_BOUND = 1e-3
 QUALITY = 0.25  # against exact attention on normally distributed data
 LENGTHS = [(1, 1), (63, 64), (100, 77), (128, 128), (129, 1000), (1000, 129), (1000, 1000)]
+FORMS = [(64, False, "bfloat16"), (64, True, "bfloat16"), (128, False, "bfloat16"), (128, True, "bfloat16")]
+FORMS += [(64, False, "float16")]
+CHANGES = [{"key_block": 64}, {"smooth_q_rows": 128}, {"smooth_q_rows": 16}, {"rescale_threshold": 0.0}]
 DOT_SCALED_ON_HOPPER = (3, 8)  # older Tritons can't lower products with E4M3 scales for sm_90
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """Every form that the tests launch, compiled beforehand: one after the other they would take minutes."""
+    forms = [{"head_dim": dim, "is_causal": causal, "dtype": dtype} for dim, causal, dtype in FORMS]
+    warm(forms + [{**forms[0], "recipe": change} for change in CHANGES])
 
 
 @pytest.fixture(autouse=True)
@@ -72,21 +83,17 @@ def check(within, call, recipe=RECIPE, dot_scaled=False):
 
 
 @pytest.mark.parametrize(("rows", "keys"), LENGTHS)
-@pytest.mark.parametrize("is_causal", [False, True], ids=["plain", "causal"])
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(("head_dim", "is_causal", "dtype"), FORMS)
 def test_kernel_is_the_quantised_reference(within, rows, keys, head_dim, is_causal, dtype):
-    call = make(rows, keys, head_dim, dtype, is_causal=is_causal)
+    call = make(rows, keys, head_dim, getattr(torch, dtype), is_causal=is_causal)
     output = check(within, call)
     exact, _ = attention_fp32(call.query, call.key, call.value, is_causal=is_causal)
     within(relative_l1(output, exact), QUALITY)
 
 
-@pytest.mark.parametrize(
-    "change", [{"key_block": 64}, {"smooth_q_rows": 128}, {"smooth_q_rows": 16}, {"rescale_threshold": 0.0}], ids=str
-)
+@pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_every_recipe_it_takes_is_that_of_the_reference(within, change):
-    check(within, make(300, 500, 128, torch.bfloat16), replace(RECIPE, **change))
+    check(within, make(300, 500, 64, torch.bfloat16), replace(RECIPE, **change))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 6), (6, 2), (6, 1)])

@@ -2,10 +2,12 @@
 
     python compile_int8_triton.py 8.9
 
-Prints, one JSON object a line, the kernel, the shared memory of a program and what the call was.
+Prints, one JSON object a line, the kernel, the shared memory of a program, what the call was, and which values are read
+by an asynchronous MMA from registers and by something else too.
 """
 
 import json
+import re
 import sys
 
 import torch
@@ -37,6 +39,25 @@ class PretendedDriver:
         return GPUTarget("cuda", 10 * self.capability[0] + self.capability[1], 32)
 
 
+def values_read_twice(ttgir):
+    """Values that a wgmma reads from registers, or that are the same registers, and that have another reader.
+
+    After its last reader that is no wgmma a register is used for something else, though the wgmma may not have read it.
+    """
+    found = []
+    for match in re.finditer(r"ttng\.warp_group_dot (%\w+),[^\n]*: tensor<", ttgir):
+        value, before = match[1], ttgir[: match.start()]
+        while value is not None:
+            start = before.rindex(f" {value} = ")  # names are used again in the next loop
+            after = ttgir.find(f" {value} = ", start + 1)
+            scope = ttgir[start : after if after > 0 else None]
+            if len(re.findall(rf"{value}(?!\w)", scope)) > 2:  # its definition and one use
+                found.append(value)
+            source = re.match(rf" {value} = (?:tt\.reshape|tt\.trans|ttg\.convert_layout) (%\w+)", scope)
+            value = source[1] if source else None
+    return found
+
+
 def main():
     major, minor = map(int, sys.argv[1].split("."))
     driver.set_active(PretendedDriver((major, minor)))
@@ -58,7 +79,9 @@ def main():
                 kernel.run(kernel.prepare(call))
             for name, binary in compiled:
                 case = f"{kernel.precision} {kind} D{head_dim}"
-                print(json.dumps({"kernel": name, "case": case, "shared": binary.metadata.shared}), flush=True)
+                twice = values_read_twice(binary.asm["ttgir"])
+                facts = {"kernel": name, "case": case, "shared": binary.metadata.shared, "read_twice": twice}
+                print(json.dumps(facts), flush=True)
             compiled.clear()
 
 

@@ -53,6 +53,19 @@ def call_of(q, k, v, precision, *, layout="BHND", return_lse=True, **options):
     return make_call(q, k, v, *arguments, True, options.get("key_lengths"), layout, precision, return_lse, False)
 
 
+def make_view(view, q, k, v):
+    """The same Q, K and V with other strides."""
+    if view == "expanded":
+        return q, k[:, :1].expand_as(k), v[:, :1].expand_as(v)
+    if view == "transposed":
+        return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    if view == "sliced":
+        return tuple(torch.nn.functional.pad(x, (3, 2, 1, 1))[:, :, 1:-1, 3:-2] for x in (q, k, v))
+    if view == "head_dim_strided":
+        return tuple(x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v))
+    return q, k, v
+
+
 def run(kernel, call):
     """Output and LSE; memory that the allocator hands to the output is NaN before."""
     state = kernel.prepare(call)
@@ -90,19 +103,38 @@ def compare(kernel, q, k, v, *, layout="BHND", **options):
 
 
 def random_case(number, device):
-    """Precision, q, k, v and options of a call whose sizes, strides, mask and scale follow from `number`."""
+    """Precision, q, k, v and options of a call whose sizes, strides, mask and scale follow from `number`.
+
+    What a kernel is compiled for comes from FORMS, so that not every case compiles one.
+    """
     rng = random.Random(number)
+    precision, kind, head_dim, dtype, view = FORMS[number % len(FORMS)]
     batch, kv_heads, group = rng.randint(1, 3), rng.randint(1, 3), rng.choice([1, 1, 2, 3])
-    heads, head_dim = kv_heads * group, rng.choice([40, 64, 64, 96, 128, 128])
-    rows, keys = (rng.choice([1, rng.randint(2, 70), rng.randint(71, 700)]) for _ in range(2))
-    dtype = rng.choice([torch.bfloat16, torch.float16, torch.float32])
+    heads = kv_heads * group
+    rows, keys = (rng.choice([1, rng.randint(2, 70), rng.randint(71, 500)]) for _ in range(2))
+    if head_dim % 16:  # with an odd length, the strides of heads and batches are no multiples of 16 either
+        rows, keys = rows + rows % 2, keys + keys % 2
     q, k, v = make_qkv(batch, heads, kv_heads, rows, keys, head_dim, dtype, device, seed=number)
-    if rng.random() < 0.3:
-        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
-    if rng.random() < 0.1:
-        k = torch.nn.functional.pad(k, (1, 2, 3, 4))[:, :, 3:-4, 1:-2]
-    kind = rng.choice(KINDS)
+    q, k, v = make_view(view, q, k, v)
     options = make_options(kind, batch, heads, rows, keys, device, seed=number)
     if rng.random() < 0.2:
         options["scale"] = rng.choice([-0.1, 0.05, 0.2])
-    return rng.choice(["int8", "int8_fp16"]), (q, k, v), options, f"{kind} {[*q.shape]} {[*k.shape]} {dtype}"
+    return precision, (q, k, v), options, f"{kind} {[*q.shape]} {[*k.shape]} {dtype} {view}"
+
+
+def _make_forms():
+    operands = [
+        (64, torch.bfloat16, "contiguous"),
+        (128, torch.bfloat16, "transposed"),
+        (40, torch.float16, "contiguous"),
+        (128, torch.float32, "contiguous"),
+        (72, torch.bfloat16, "transposed"),
+        (96, torch.float16, "sliced"),
+        (64, torch.float32, "transposed"),
+        (160, torch.bfloat16, "contiguous"),
+    ]
+    pairs = [(precision, kind) for kind in KINDS for precision in ("int8", "int8_fp16")]
+    return [(*pair, *operands[index // 2]) for index, pair in enumerate(pairs)]
+
+
+FORMS = _make_forms()

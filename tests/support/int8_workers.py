@@ -6,7 +6,7 @@ Apart from the tests, so that processes which are started afresh can import it.
 import torch
 
 import sage_kernels
-from int8_cases import call_of, make_options, make_qkv, random_case, relative_l1, run
+from int8_cases import call_of, make_options, make_qkv, make_view, random_case, relative_l1, run
 from sage_kernels.kernels import find_kernel
 from sage_kernels.kernels.int8_triton import KERNELS
 from sage_kernels.reference import attention_fp32, quantized_attention
@@ -18,10 +18,11 @@ BOUND = 0.03
 EXACT_FACTOR, EXACT_MARGIN = 1.2, 0.01
 
 
-def call_once(index, device, kind, head_dim, dtype):
+def call_once(index, device, kind, head_dim, dtype, view="contiguous", rows=100, keys=112):
     """Leave a compiled kernel in Triton's cache on disk."""
-    q, k, v = make_qkv(2, 4, 2, 100, 112, head_dim, dtype, device)
-    run(KERNELS[index], call_of(q, k, v, KERNELS[index].precision, **make_options(kind, 2, 4, 100, 112, device)))
+    torch.set_num_threads(1)
+    q, k, v = make_view(view, *make_qkv(2, 4, 2, rows, keys, head_dim, dtype, device))
+    run(KERNELS[index], call_of(q, k, v, KERNELS[index].precision, **make_options(kind, 2, 4, rows, keys, device)))
 
 
 def run_random_case(number, device):

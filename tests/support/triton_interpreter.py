@@ -26,3 +26,21 @@ def round_as_gpus_do(monkeypatch):
         return rounded.view(torch_bits).numpy().view(numpy_bits)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert_float)
+
+
+def multiply_bfloat16(monkeypatch):
+    """Let the interpreter's dot take bfloat16, whose bits it holds in integers and multiplies as such (Triton 3.9)."""
+    interpreter = import_module("triton.runtime.interpreter")
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    create_dot = builder.create_dot
+
+    def values(x):
+        if x.dtype.scalar.name != "bf16":
+            return x
+        numbers = (x.data.astype(np.uint32) << 16).view(np.float32)
+        return handle(numbers, import_module("triton.language").float32)
+
+    def dot(self, a, b, d, *arguments):
+        return create_dot(self, values(a), values(b), d, *arguments)
+
+    monkeypatch.setattr(builder, "create_dot", dot)

@@ -4,6 +4,7 @@ from sage_kernels.attention import attention, explain, prepare, run
 from sage_kernels.attention_call import PreparedAttention
 from sage_kernels.capabilities import DeviceCapabilities, capabilities
 from sage_kernels.dispatch import Decision, Refusal, UnsupportedAttention
+from sage_kernels.training import trainable_attention
 
 __version__ = "0.1.0"
 
@@ -19,4 +20,5 @@ __all__ = [
     "explain",
     "prepare",
     "run",
+    "trainable_attention",
 ]

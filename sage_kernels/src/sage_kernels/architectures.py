@@ -12,7 +12,7 @@ from sage_kernels.precision import Precision
 
 _NO_FP4 = "has no FP4 tensor cores; they are in sm_120a and sm_121a (RTX 50, RTX PRO Blackwell, DGX Spark)"
 _NO_MXFP8 = "has no block-scaled FP8 tensor cores; they are in sm_120a and sm_121a"
-_TCGEN05_ONLY = "has FP4 tensor cores behind tcgen05 instructions; the kernel for them was never run and isn't offered"
+_TCGEN05_ONLY = "has block-scaled tensor cores behind tcgen05 instructions; this version has no kernel for them"
 _NO_INT8_MMA = "is older than sm_80, the oldest architecture of the 8-bit kernels"
 
 
@@ -27,6 +27,7 @@ class Architecture:
         shared_memory: bytes that one thread block can have.
         runnable: precisions the hardware can run, fastest first.
         refusals: why it can't run the others.
+        never_run: of `runnable`, those whose kernels are compiled for it but ran on other GPUs only.
     """
 
     capability: tuple[int, int]
@@ -35,6 +36,7 @@ class Architecture:
     shared_memory: int
     runnable: tuple[Precision, ...]
     refusals: dict[Precision, str]
+    never_run: tuple[Precision, ...] = ()
 
     @property
     def name(self) -> str:
@@ -51,7 +53,9 @@ _8BIT: tuple[Precision, ...] = ("int8", "int8_fp16", "fp16")
 _4BIT: tuple[Precision, ...] = ("fp4", "fp8_fp4", *_8BIT)
 _NO_4BIT: dict[Precision, str] = {"fp4": _NO_FP4, "fp8_fp4": _NO_MXFP8}
 _NO_8BIT: dict[Precision, str] = _NO_4BIT | {"int8": _NO_INT8_MMA, "int8_fp16": _NO_INT8_MMA}
-_DATACENTER: dict[Precision, str] = {"fp4": _TCGEN05_ONLY, "fp8_fp4": _TCGEN05_ONLY}
+_DATACENTER: tuple[Precision, ...] = ("fp4", *_8BIT)
+_NO_DATACENTER_FP8: dict[Precision, str] = {"fp8_fp4": _TCGEN05_ONLY}
+_NO_DATACENTER: dict[Precision, str] = {"fp4": _TCGEN05_ONLY, "fp8_fp4": _TCGEN05_ONLY}
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture((7, 5), "RTX 20, T4", "sm_75", 64 << 10, ("fp16",), _NO_8BIT),
@@ -60,11 +64,11 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture((8, 7), "Jetson Orin", "sm_87", 163 << 10, _8BIT, _NO_4BIT),
     Architecture((8, 9), "RTX 40, L4, L40", "sm_89", 99 << 10, _8BIT, _NO_4BIT),
     Architecture((9, 0), "H100, H200, GH200", "sm_90a", 227 << 10, _8BIT, _NO_4BIT),
-    Architecture((10, 0), "B200, GB200", "sm_100a", 227 << 10, _8BIT, _DATACENTER),
-    Architecture((10, 3), "B300, GB300", "sm_103a", 227 << 10, _8BIT, _DATACENTER),
-    Architecture((11, 0), "Jetson Thor", "sm_110a", 227 << 10, _8BIT, _DATACENTER),
-    Architecture((12, 0), "RTX 50, RTX PRO Blackwell", "sm_120a", 99 << 10, _4BIT, {}),
-    Architecture((12, 1), "DGX Spark (GB10)", "sm_121a", 99 << 10, _4BIT, {}),
+    Architecture((10, 0), "B200, GB200", "sm_100a", 227 << 10, _DATACENTER, _NO_DATACENTER_FP8, ("fp4",)),
+    Architecture((10, 3), "B300, GB300", "sm_103a", 227 << 10, _DATACENTER, _NO_DATACENTER_FP8, ("fp4",)),
+    Architecture((11, 0), "Jetson Thor", "sm_110a", 227 << 10, _8BIT, _NO_DATACENTER),
+    Architecture((12, 0), "RTX 50, RTX PRO Blackwell", "sm_120a", 99 << 10, _4BIT, {}, ("fp4",)),
+    Architecture((12, 1), "DGX Spark (GB10)", "sm_121a", 99 << 10, _4BIT, {}, ("fp4",)),
 )
 
 

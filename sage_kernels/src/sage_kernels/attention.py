@@ -1,14 +1,13 @@
 """The public functions: attention, explain, prepare, run."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from sage_kernels.attention_call import PreparedAttention, make_call
+from sage_kernels.attention_call import PreparedAttention
+from sage_kernels.attention_operator import attention_node
 from sage_kernels.dispatch import Decision
 from sage_kernels.kernels import find_kernel
-from sage_kernels.planned_attention import decide_attention, plan_attention
+from sage_kernels.planned_attention import attend, decide_attention, in_layout, plan_attention
 
 
 def attention(
@@ -53,9 +52,9 @@ def attention(
     """
     options = (attn_mask, is_causal, scale, enable_gqa, key_lengths, layout, precision, return_lse, allow_emulation)
     if torch.compiler.is_compiling() and not _wants_gradient(q, k, v):
-        output, lse = torch.ops.sage_kernels.attention(q, k, v, *options)
-        return (output, lse) if return_lse else output
-    return _attend(q, k, v, *options)
+        return attention_node(q, k, v, *options)
+    result: Tensor | tuple[Tensor, Tensor] = attend(q, k, v, *options)
+    return result
 
 
 def explain(
@@ -111,43 +110,8 @@ def prepare(
 
 def run(prepared: PreparedAttention) -> Tensor | tuple[Tensor, Tensor]:
     """Second half of attention(): compute. Returns what attention() returns."""
-    return _in_layout(prepared.layout, *find_kernel(prepared.kernel).run(prepared.state))
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor | tuple[Tensor, Tensor]:
-    attn_mask, _, _, _, key_lengths, *_ = options
-    planned = plan_attention(q, k, v, *options)
-    plan = planned.plan
-    return _in_layout(planned.layout, *plan.run(plan.prepare(q, k, v, attn_mask, key_lengths)))
-
-
-def _in_layout(layout: str, output: Tensor, lse: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-    """What the caller gets of output [B, H, N, D] and LSE."""
-    if layout == "BNHD":
-        output = output.transpose(1, 2)
-    return output if lse is None else (output, lse)
+    return in_layout(prepared.layout, *find_kernel(prepared.kernel).run(prepared.state))
 
 
 def _wants_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-
-
-_SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, bool is_causal, float? scale, bool enable_gqa,"
-    " Tensor? key_lengths, str layout, str precision, bool return_lse, bool allow_emulation) -> (Tensor, Tensor)"
-)
-
-
-@torch.library.custom_op("sage_kernels::attention", mutates_args=(), schema=_SCHEMA)
-def _attention_op(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """attention() as one opaque node of a compiled graph; the second result is empty without return_lse."""
-    result = _attend(q, k, v, *options)
-    output, lse = result if isinstance(result, tuple) else (result, q.new_empty(0, dtype=torch.float32))
-    return output.contiguous(), lse
-
-
-@_attention_op.register_fake
-def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    call = make_call(q, k, v, *options)
-    lse_shape = (call.batch, call.heads, call.query_length) if call.return_lse else (0,)
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(lse_shape, dtype=torch.float32)

@@ -20,6 +20,7 @@ from sage_kernels.driver import (
     KernelLoadError,
     configure_launch,
     cuda_driver,
+    point_to,
 )
 from sage_kernels.kernel_sources import build_key, collect_sources, source_folder, source_hashes
 from sage_kernels.kernel_variants import KernelVariant
@@ -59,7 +60,7 @@ class LoadedKernel:
         """
         self.check_parameters(type(parameters))
         launch = self.configure(grid, current_stream(self.device_index), shared_bytes)
-        self.driver.launch(self.context, (launch,), parameters)
+        self.driver.launch(self.context, ((launch, point_to(parameters)),))
 
     def configure(self, grid: tuple[int, int, int], stream: int, shared_bytes: int | None = None) -> ConfiguredLaunch:
         """A launch that is complete but for its parameters; arguments as of launch(), `stream` as the driver has it."""

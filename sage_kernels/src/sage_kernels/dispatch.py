@@ -10,6 +10,9 @@ from sage_kernels.kernels.interface import Kernel
 from sage_kernels.precision import DESCRIPTIONS, PRECISIONS, Precision
 from sage_kernels.router import fastest_sixteen_bit, predicted_seconds, slower_than_sixteen_bit
 
+_ADVICE = "Use precision='auto' for the best that can, or allow_emulation=True to compute it slowly."
+NEVER_RUN = "compiled for this GPU, never run on one: its tests ran on another GPU"
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -32,6 +35,7 @@ class Decision:
         refusals: in order of preference, what was passed over and why.
         seconds: predicted time of the call from measured ones, or None where nothing of its kind was measured.
         sixteen_bit_seconds: likewise with torch's fastest kernel; the quotient is the predicted speed-up.
+        never_run: whether the kernel is compiled for this GPU but ran on other GPUs only.
     """
 
     kernel: str | None
@@ -39,9 +43,19 @@ class Decision:
     refusals: tuple[Refusal, ...]
     seconds: float | None = None
     sixteen_bit_seconds: float | None = None
+    never_run: bool = False
+
+    @property
+    def speedup(self) -> float | None:
+        """Predicted, over torch's fastest 16-bit kernel, preparation included; None where nothing was measured."""
+        if self.seconds is None or self.sixteen_bit_seconds is None:
+            return None
+        return self.sixteen_bit_seconds / self.seconds
 
     def __str__(self) -> str:
         lines = [f"kernel: {self.kernel or 'none'}" + (f" ({self.precision})" if self.precision else "")]
+        if self.never_run:
+            lines.append(f"  {NEVER_RUN}")
         if self.seconds is not None and self.sixteen_bit_seconds is not None:
             times = f"{self.seconds * 1000:.3g} ms, in 16 bit {self.sixteen_bit_seconds * 1000:.3g} ms"
             lines.append(f"  predicted: {times}")
@@ -51,13 +65,10 @@ class Decision:
 class UnsupportedAttention(RuntimeError):
     """No kernel can do the call at the precision that was asked for. Carries the Decision."""
 
-    def __init__(self, decision: Decision, precision: Precision) -> None:
+    def __init__(self, decision: Decision, precision: str, what: str = "attention", advice: str = _ADVICE) -> None:
         self.decision = decision
         reasons = "; ".join(str(refusal) for refusal in decision.refusals)
-        super().__init__(
-            f"attention with precision={precision!r} can't run here: {reasons}. "
-            "Use precision='auto' for the best that can, or allow_emulation=True to compute it slowly."
-        )
+        super().__init__(f"{what} with precision={precision!r} can't run here: {reasons}. {advice}")
 
 
 def decide(call: AttentionCall, kernels: Sequence[Kernel] = KERNELS) -> Decision:
@@ -90,7 +101,8 @@ def _decision(
 ) -> Decision:
     _, sixteen_bit = fastest_sixteen_bit(call, architecture) or (None, None)
     seconds = sixteen_bit if kernel.precision == "fp16" else predicted_seconds(call, architecture, kernel.name)
-    return Decision(kernel.name, kernel.precision, refusals, seconds, sixteen_bit)
+    never_run = not kernel.emulated and architecture is not None and kernel.precision in architecture.never_run
+    return Decision(kernel.name, kernel.precision, refusals, seconds, sixteen_bit, never_run)
 
 
 def precision_refusal(

@@ -1,19 +1,23 @@
 """What this machine has and lacks for the kernels, in plain words, as text to paste into an issue."""
 
+import importlib.util
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from sage_kernels import __version__
 from sage_kernels.architectures import device_architecture
-from sage_kernels.capabilities import capabilities
+from sage_kernels.capabilities import DeviceCapabilities, capabilities
 from sage_kernels.cubin_cache import cache_folder
 from sage_kernels.cubin_loader import kernel_origin
 from sage_kernels.cubin_manifest import CubinManifest
+from sage_kernels.dispatch import NEVER_RUN
 from sage_kernels.driver import DriverError, KernelLoadError, cuda_driver
 from sage_kernels.kernel_variants import VARIANTS
 from sage_kernels.nvrtc import Nvrtc, find_libraries, search_folders
@@ -30,6 +34,7 @@ def doctor() -> str:
         f"torch {torch.__version__}, CUDA of torch {torch.version.cuda or 'none'}",
         f"GPU driver: {_driver()}",
         *_compilers(),
+        f"Triton: {_triton_version() or 'not installed'}",
         *_cubins(fixes),
         *_cache(),
     ]
@@ -37,7 +42,10 @@ def doctor() -> str:
         lines.append(f"{device.device}: {device.name}" + (f" ({device.architecture})" if device.architecture else ""))
         lines.append(f"  runs: {', '.join(device.precisions)}")
         lines += [f"  not {refusal}" for refusal in device.refusals]
+        lines += _never_run(torch.device(device.device))
         lines += _kernels(torch.device(device.device), fixes)
+        if "int8" in device.precisions and _triton_version() is None:
+            fixes.append(_triton_fix(device))
     fixes += _torch_fixes()
     return "\n".join([*lines, "What to do:", *(f"- {fix}" for fix in fixes or ["nothing: no problem was found"])])
 
@@ -76,6 +84,25 @@ def _compilers() -> Iterator[str]:
             yield f"{name}: {path}"
 
 
+def _triton_version() -> str | None:
+    """As installed, on Windows under another name."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for package in ("triton", "triton-windows"):
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return "of unknown version"
+
+
+def _triton_fix(device: DeviceCapabilities) -> str:
+    has_more = device.architecture == "sm_90"
+    calls = "int8_fp16, and int8 with a mask tensor," if has_more else "int8 and int8_fp16"
+    package = "triton-windows" if sys.platform == "win32" else "triton"
+    return f"Triton is not installed: {calls} can't run on {device.name}; to get them, pip install {package}"
+
+
 def _cubins(fixes: list[str]) -> Iterator[str]:
     try:
         manifest = CubinManifest(_PACKAGE / "cubins")
@@ -98,9 +125,19 @@ def _cubins(fixes: list[str]) -> Iterator[str]:
 
 def _cache() -> Iterator[str]:
     folder = cache_folder()
+    if folder is None:
+        yield "kernels compiled on this machine: none are kept, because this user has no home folder"
+        return
     count = len(list(folder.glob("*.cubin")))
     if count:
         yield f"kernels compiled on this machine: {count}, in {folder}"
+
+
+def _never_run(device: torch.device) -> Iterator[str]:
+    """One line per precision that no GPU of this kind ever ran."""
+    architecture = device_architecture(device)
+    for precision in architecture.never_run if architecture else ():
+        yield f"  {precision}: {NEVER_RUN}; `sage-kernels selftest` checks it"
 
 
 def _kernels(device: torch.device, fixes: list[str]) -> Iterator[str]:
@@ -130,4 +167,7 @@ def _torch_fixes() -> Iterator[str]:
     if torch.version.cuda is None and torch.version.hip is None:
         yield "No CUDA GPU is visible: this torch is built without CUDA; to use a GPU, install a CUDA build of torch"
     else:
-        yield "No CUDA GPU is visible to torch: check that nvidia-smi shows it, and update its driver"
+        yield (
+            "No CUDA GPU is visible to torch: check that nvidia-smi shows it and that CUDA_VISIBLE_DEVICES doesn't "
+            "hide it, and update its driver"
+        )

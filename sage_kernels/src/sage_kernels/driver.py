@@ -33,6 +33,7 @@ _ADVICE = {
     209: "the compiled kernel is for another GPU architecture",
     222: "the GPU driver is older than the compiler of this kernel; update the GPU driver",
     701: "the kernel wants more registers or shared memory than this GPU has",
+    900: "the first use of a kernel can't be captured in a CUDA graph; make the same call once before the capture",
     803: "the driver in use and the one installed differ; restart the machine",
 }
 
@@ -69,6 +70,11 @@ class ConfiguredLaunch:
 
     function: c_void_p
     config: Any
+
+
+def point_to(parameters: ctypes.Structure) -> "ctypes.Array[Any]":
+    """What Driver.launch() takes of the parameter's struct, which must live until it returns."""
+    return _PARAMETER_ARRAY(ctypes.addressof(parameters))
 
 
 def configure_launch(
@@ -148,15 +154,14 @@ class Driver:
         finally:
             self._pop(byref(c_void_p()))
 
-    def launch(
-        self,
-        context: int,
-        launches: Iterable[ConfiguredLaunch],
-        parameters: "ctypes.Structure | ctypes.Array[Any]",
-    ) -> None:
-        """Launch in a row, with one struct as the only parameter, whatever context the calling thread has current.
+    def launch(self, context: int, launches: Iterable[tuple[ConfiguredLaunch, "ctypes.Array[Any]"]]) -> None:
+        """Launch in a row, whatever context the calling thread has current.
 
         A thread that has not used CUDA yet has none, and the caller's device may be another one.
+
+        Args:
+            context: of the kernels.
+            launches: each with an array that begins with the address of its only parameter, a struct.
         """
         current = c_void_p()
         result = self._get_context(byref(current))
@@ -166,8 +171,7 @@ class Driver:
         if not is_current:
             self._check("cuCtxPushCurrent", self._push(context))
         try:
-            arguments = _PARAMETER_ARRAY(ctypes.addressof(parameters))
-            for launch in launches:
+            for launch, arguments in launches:
                 result = self._launch(launch.config, launch.function, arguments, None)
                 if result:
                     break

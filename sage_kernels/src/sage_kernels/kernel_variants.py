@@ -33,6 +33,7 @@ class KernelVariant:
         threads: block size.
         shared_bytes: dynamic shared memory where the kernel fixes it, else 0.
         archs: compilation targets, such as "sm_120a".
+        form: what else distinguishes its name.
     """
 
     family: str
@@ -46,6 +47,7 @@ class KernelVariant:
     threads: int
     shared_bytes: int
     archs: tuple[str, ...]
+    form: str = ""
 
     @property
     def name(self) -> str:
@@ -61,6 +63,7 @@ class KernelVariant:
         parts += ["causal"] if self.causal else []
         parts += [f"mask_{self.mask}"] if self.mask != "none" else []
         parts += [self.dtype] if self.dtype != "any" else []
+        parts += [self.form] if self.form else []
         return parts
 
     def compile_options(self, arch: str, emulate: bool = False) -> tuple[str, ...]:
@@ -135,6 +138,8 @@ def int8_sm90_attention_variant(form: Int8Sm90Form) -> KernelVariant:
             ("HEADROOM", form.headroom),
             ("ONES", int(form.ones)),
             ("LINE", form.line),
+            ("SPLIT", form.split),
+            ("PARK", int(form.park)),
         ),
         head_dim=form.head_dim,
         causal=False,
@@ -143,15 +148,16 @@ def int8_sm90_attention_variant(form: Int8Sm90Form) -> KernelVariant:
         threads=128 * (form.warpgroups + 1),
         shared_bytes=form.shared_bytes,
         archs=("sm_90a",),
+        form=form.name,
     )
 
 
-def int8_sm90_quantize_variant(entry: str, head_dim: int, keys: int, is_bfloat16: bool) -> KernelVariant:
-    """Smoothing and quantising for it: `entry` is int8_sm90_statistics or int8_sm90_quantize."""
+def int8_sm90_prepare_variant(head_dim: int, keys: int, is_bfloat16: bool) -> KernelVariant:
+    """Smoothing and quantising for it."""
     return KernelVariant(
-        family="int8_sm90_quantize",
-        source="int8_sm90_quantize.cu",
-        entry=entry,
+        family="int8_sm90_prepare",
+        source="int8_sm90_prepare.cu",
+        entry="int8_sm90_prepare",
         defines=(("HEAD_DIM", head_dim), ("KEYS", keys), ("BFLOAT16", int(is_bfloat16))),
         head_dim=head_dim,
         causal=False,
@@ -164,14 +170,13 @@ def int8_sm90_quantize_variant(entry: str, head_dim: int, keys: int, is_bfloat16
 
 
 def _int8_sm90() -> tuple[KernelVariant, ...]:
-    entries = ("int8_sm90_statistics", "int8_sm90_quantize")
-    quantizers = (
-        int8_sm90_quantize_variant(entry, form.head_dim, form.keys, is_bfloat16)
-        for form in FORMS
-        for entry in entries
+    images = sorted({(form.head_dim, form.keys) for form in FORMS})
+    preparations = (
+        int8_sm90_prepare_variant(head_dim, keys, is_bfloat16)
+        for head_dim, keys in images
         for is_bfloat16 in (False, True)
     )
-    return (*(int8_sm90_attention_variant(form) for form in FORMS), *quantizers)
+    return (*(int8_sm90_attention_variant(form) for form in FORMS), *preparations)
 
 
 _FAMILIES: tuple[Callable[[], tuple[KernelVariant, ...]], ...] = (_nvfp4_attention, _nvfp4_prepare, _int8_sm90)

@@ -20,7 +20,9 @@ from sage_kernels.driver import ConfiguredLaunch
 
 _ALIGNMENT = 256  # bytes; each buffer of a workspace starts at a multiple
 _MAX_STREAMS = 64  # whose launches a plan keeps; torch has 32 of each priority in turn
+_MAX_WORKSPACES = 16  # whose addresses a template keeps
 _ADDRESS_BYTES = 8
+BoundLaunch = tuple[ConfiguredLaunch, "ctypes.Array[Any]"]
 
 
 class WorkspaceLayout:
@@ -65,23 +67,33 @@ class ParameterTemplate:
 
     def __init__(self, parameters: ctypes.Structure, buffers: Mapping[str, int], tensors: Sequence[str | None]) -> None:
         self.type = type(parameters)
-        self._bytes = bytes(parameters)
+        self._bytes = bytes(_ADDRESS_BYTES) + bytes(parameters)
         self._array = ctypes.c_uint64 * (len(self._bytes) // _ADDRESS_BYTES)
         self._buffers = [(self._index(name), offset) for name, offset in buffers.items()]
         self._tensors = [None if name is None else self._index(name) for name in tensors]
+        self._with_workspace: dict[int, bytes] = {}
 
     def filled(self, workspace: int, *addresses: int) -> "ctypes.Array[Any]":
-        """The struct of one call, as an array of words."""
-        words = self._array.from_buffer_copy(self._bytes)
-        for index, offset in self._buffers:
-            words[index] = workspace + offset
+        """The struct of one call, led by its own address, which is how the driver takes it."""
+        words = self._array.from_buffer_copy(self._with_workspace.get(workspace) or self._fill_buffers(workspace))
+        words[0] = ctypes.addressof(words) + _ADDRESS_BYTES
         for field, address in zip(self._tensors, addresses, strict=True):
             if field is not None:
                 words[field] = address
         return words
 
+    def _fill_buffers(self, workspace: int) -> bytes:
+        """The struct with the addresses of buffers; torch's allocator gives the same few workspaces over and over."""
+        words = self._array.from_buffer_copy(self._bytes)
+        for index, offset in self._buffers:
+            words[index] = workspace + offset
+        if len(self._with_workspace) >= _MAX_WORKSPACES:
+            self._with_workspace.clear()
+        content = self._with_workspace[workspace] = bytes(words)
+        return content
+
     def _index(self, name: str) -> int:
-        return int(getattr(self.type, name).offset) // _ADDRESS_BYTES
+        return 1 + int(getattr(self.type, name).offset) // _ADDRESS_BYTES
 
 
 class LaunchSequence:
@@ -99,16 +111,19 @@ class LaunchSequence:
         for kernel, _ in launches:
             kernel.check_parameters(template.type)
         self._launches = tuple(launches)
-        self._template = template
+        self._filled = template.filled
         first = launches[0][0]
-        self._driver, self._context, self._index = first.driver, first.context, first.device_index
+        self.driver, self.context, self.device_index = first.driver, first.context, first.device_index
         self._configured: dict[int, tuple[ConfiguredLaunch, ...]] = {}
 
     def start(self, workspace: int, *addresses: int) -> None:
         """Launch on torch's current stream; arguments as of ParameterTemplate.filled()."""
-        stream = current_stream(self._index)
-        launches = self._configured.get(stream) or self._configure(stream)
-        self._driver.launch(self._context, launches, self._template.filled(workspace, *addresses))
+        self.driver.launch(self.context, self.bound(current_stream(self.device_index), workspace, *addresses))
+
+    def bound(self, stream: int, workspace: int, *addresses: int) -> list[BoundLaunch]:
+        """What Driver.launch() takes; arguments as of ParameterTemplate.filled()."""
+        parameters = self._filled(workspace, *addresses)
+        return [(launch, parameters) for launch in self._configured.get(stream) or self._configure(stream)]
 
     def _configure(self, stream: int) -> tuple[ConfiguredLaunch, ...]:
         launches = tuple(kernel.configure((blocks, 1, 1), stream) for kernel, blocks in self._launches)
@@ -128,6 +143,7 @@ class OutputForm:
         dtype: the query's; the kernels write float32 as bfloat16, which is then converted.
         return_lse: whether LSE is wanted too.
         device: a CUDA device.
+        is_like_query: whether the query has the output's dtype and strides.
     """
 
     shape: tuple[int, int, int, int]
@@ -135,12 +151,15 @@ class OutputForm:
     dtype: torch.dtype
     return_lse: bool
     device: torch.device
+    is_like_query: bool
 
     @classmethod
     def of(cls, call: AttentionCall) -> "OutputForm":
         """What `call` is to return."""
         shape = (call.batch, call.heads, call.query_length, call.head_dim)
-        return cls(shape, call.layout, call.query.dtype, call.return_lse, call.device)
+        query = call.query.transpose(1, 2) if call.layout == "BNHD" else call.query
+        is_like_query = query.is_contiguous() and query.dtype != torch.float32
+        return cls(shape, call.layout, query.dtype, call.return_lse, call.device, is_like_query)
 
     @property
     def kernel_dtype(self) -> torch.dtype:
@@ -156,7 +175,7 @@ class OutputForm:
         return heads * rows * head_dim, rows * head_dim, head_dim
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class PreparedLaunch:
     """A call without its floating-point operands.
 
@@ -205,7 +224,7 @@ class LaunchPlan:
         self._copied = copied if any(copied) else None
         batch, heads, rows, head_dim = output.shape
         self._output_size = (batch, rows, heads, head_dim) if output.layout == "BNHD" else output.shape
-        self._options: dict[str, Any] = {"dtype": output.kernel_dtype, "device": output.device}
+        self._dtype, self._device = output.kernel_dtype, output.device
 
     def prepare(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, key_lengths: Tensor | None
@@ -214,20 +233,12 @@ class LaunchPlan:
         if self._prepare is None:
             return PreparedLaunch(self, None, None, None)
         if self._copied is not None:
-            q, k, v = (
-                _copy(x, self.output.layout) if copied else x for x, copied in zip((q, k, v), self._copied, strict=True)
-            )
+            q, k, v = self._copies(q, k, v)
         if key_lengths is not None:
             key_lengths = key_lengths.contiguous()
-        workspace = torch.empty(self.workspace.size, dtype=torch.uint8, device=self.output.device)
-        self._prepare.start(
-            workspace.data_ptr(),
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            0 if key_lengths is None else key_lengths.data_ptr(),
-            0 if attn_mask is None else attn_mask.data_ptr(),
-        )
+        workspace = torch.empty(self.workspace.size, dtype=torch.uint8, device=self._device)
+        lengths, mask = _address(key_lengths), _address(attn_mask)
+        self._prepare.start(workspace.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), lengths, mask)
         return PreparedLaunch(self, workspace, attn_mask, key_lengths)
 
     def prepare_call(self, call: AttentionCall) -> PreparedLaunch:
@@ -238,26 +249,60 @@ class LaunchPlan:
 
     def run(self, state: PreparedLaunch) -> tuple[Tensor, Tensor | None]:
         """Output [B, H, Nq, D] in the query's dtype, and LSE where it is wanted."""
-        form = self.output
-        output = torch.empty(self._output_size, **self._options)
-        lse = torch.empty(form.shape[:3], dtype=torch.float32, device=form.device) if form.return_lse else None
+        output, lse = self._empty_output(), self._empty_lse()
         if self._run is not None and state.workspace is not None:
-            self._run.start(
-                state.workspace.data_ptr(),
-                output.data_ptr(),
-                0 if lse is None else lse.data_ptr(),
-                0 if state.key_lengths is None else state.key_lengths.data_ptr(),
-                0 if state.attn_mask is None else state.attn_mask.data_ptr(),
-            )
-        if form.layout == "BNHD":
+            lengths, mask = _address(state.key_lengths), _address(state.attn_mask)
+            self._run.start(state.workspace.data_ptr(), output.data_ptr(), _address(lse), lengths, mask)
+        return self._result(output), lse
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, key_lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """run() of prepare(), with all launches in a row."""
+        if self._prepare is None or self._run is None:
+            return self.run(self.prepare(q, k, v, attn_mask, key_lengths))
+        output, lse = torch.empty_like(q) if self.output.is_like_query else self._empty_output(), self._empty_lse()
+        if self._copied is not None:
+            q, k, v = self._copies(q, k, v)
+        if key_lengths is not None:
+            key_lengths = key_lengths.contiguous()
+        workspace = torch.empty(self.workspace.size, dtype=torch.uint8, device=self._device)
+        start, lengths, mask = workspace.data_ptr(), _address(key_lengths), _address(attn_mask)
+        stream = current_stream(self._run.device_index)
+        launches = self._prepare.bound(stream, start, q.data_ptr(), k.data_ptr(), v.data_ptr(), lengths, mask)
+        launches += self._run.bound(stream, start, output.data_ptr(), _address(lse), lengths, mask)
+        self._run.driver.launch(self._run.context, launches)
+        return self._result(output), lse
+
+    def _copies(self, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        assert self._copied is not None
+        q, k, v = (
+            _copy(x, self.output.layout) if copied else x for x, copied in zip(tensors, self._copied, strict=True)
+        )
+        return q, k, v
+
+    def _empty_output(self) -> Tensor:
+        return torch.empty(self._output_size, dtype=self._dtype, device=self._device)
+
+    def _empty_lse(self) -> Tensor | None:
+        if not self.output.return_lse:
+            return None
+        return torch.empty(self.output.shape[:3], dtype=torch.float32, device=self._device)
+
+    def _result(self, output: Tensor) -> Tensor:
+        if self.output.layout == "BNHD":
             output = output.transpose(1, 2)
-        return (output.to(form.dtype) if form.dtype == torch.float32 else output), lse
+        return output.to(torch.float32) if self.output.dtype == torch.float32 else output
 
 
 def copied_strides(x: Tensor) -> tuple[int, int, int, int]:
     """Strides of [B, H, N, D] after the copy that a plan makes."""
     _, heads, length, head_dim = x.shape
     return heads * length * head_dim, length * head_dim, head_dim, 1
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _copy(x: Tensor, layout: str) -> Tensor:

@@ -1,6 +1,7 @@
 """NVRTC by ctypes: CUDA C++ to cubin, with the compiler that torch ships. Compiles without a GPU."""
 
 import ctypes
+import glob
 import re
 import sys
 import sysconfig
@@ -136,9 +137,11 @@ def _c_strings(texts: Iterable[str]) -> "ctypes.Array[c_char_p]":
 def search_folders() -> list[str]:
     """Where NVRTC is looked for, best first; patterns as in Path.glob."""
     site_packages = dict.fromkeys([Path(torch.__file__).parents[1], Path(sysconfig.get_path("purelib"))])
-    folders = [f"{root.as_posix()}/{pattern}" for root in site_packages for pattern in _SEARCHED_IN_SITE_PACKAGES]
+    # Escaped, because folders of users may be called "ComfyUI [portable]".
+    roots = [glob.escape(root.as_posix()) for root in site_packages]
+    folders = [f"{root}/{pattern}" for root in roots for pattern in _SEARCHED_IN_SITE_PACKAGES]
     conda = "Library/bin" if sys.platform == "win32" else "lib"
-    folders.append(f"{Path(sys.prefix).as_posix()}/{conda}")
+    folders.append(f"{glob.escape(Path(sys.prefix).as_posix())}/{conda}")
     if sys.platform == "win32":
         folders.append("C:/Program Files/NVIDIA GPU Computing Toolkit/CUDA/*/bin/**")
     else:

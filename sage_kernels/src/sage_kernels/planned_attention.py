@@ -50,6 +50,26 @@ def plan_attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> PlannedAtt
     return made
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Any:
+    """attention() outside of compiled graphs; `options` in the order of make_call().
+
+    Returns:
+        Output, or output and LSE.
+    """
+    planned = plan_attention(q, k, v, *options)
+    output, lse = planned.plan.attend(q, k, v, options[0], options[4])
+    if planned.layout == "BNHD":
+        output = output.transpose(1, 2)
+    return output if lse is None else (output, lse)
+
+
+def in_layout(layout: str, output: Tensor, lse: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    """What the caller gets of output [B, H, N, D] and LSE."""
+    if layout == "BNHD":
+        output = output.transpose(1, 2)
+    return output if lse is None else (output, lse)
+
+
 def plan_with(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> None:
     """From now on let attention() compute calls of this form by `kernel`, whatever it would choose: for tests and
     measurements of kernels that this machine doesn't offer.
@@ -114,6 +134,12 @@ class CallByCall:
     def run(self, state: Any) -> tuple[Tensor, Tensor | None]:
         """The kernel's own."""
         return self._kernel.run(state)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, key_lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One after the other."""
+        return self.run(self.prepare(q, k, v, attn_mask, key_lengths))
 
 
 _PLANNED: FormCache[PlannedAttention] = FormCache(_CAPACITY)

@@ -1,6 +1,6 @@
 """What each precision means: which operand in which format, and what is subtracted before quantising."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sage_kernels.precision import Precision
@@ -28,9 +28,14 @@ class Recipe:
             two; P is stretched that much less, to keep headroom.
         linear_exp_of_8: of every eight weights, how many come from a straight line between powers of two in place of an
             exponential, which costs no special-function instruction: the last ones where they are rounded to E2M1,
-            evenly spread ones where they are rounded to E4M3.
+            evenly spread groups of 16 keys where they are rounded to E4M3.
         quantized_row_sum: weights are divided by the sum of what they were rounded to, else by the sum before rounding.
         int8_rows: query rows and key rows that share an INT8 scale.
+        four_over_six: which NVFP4 operands take the better of two scales in each group: letters of "qkvp".
+        two_level: stretch rows of P to the range that E4M3 group scales have (SageAttention3, section 3.2); else P
+            keeps a maximum of 1.
+        rounded_divisor: divide P by the group scale as rounded to E4M3, which the products use; False is what the
+            public SageAttention3 kernel does.
     """
 
     qk: QKFormat
@@ -45,10 +50,15 @@ class Recipe:
     linear_exp_of_8: int = 0
     quantized_row_sum: bool = True
     int8_rows: tuple[int, int] = (1, 128)
+    four_over_six: str = ""
+    two_level: bool = True
+    rounded_divisor: bool = True
 
 
 EXACT = Recipe(qk="none", pv="none", smooth_k=False, key_block=512)
 SAGE_ATTENTION_3 = Recipe(qk="nvfp4", pv="nvfp4", smooth_q_rows=128)
+# As published: the row sum is that of P before rounding (algorithm 1), and the public kernel's divisor.
+SAGE_ATTENTION_3_PUBLISHED = replace(SAGE_ATTENTION_3, quantized_row_sum=False, rounded_divisor=False)
 
 RECIPES: dict[Precision, Recipe] = {
     "fp4": Recipe(

@@ -6,6 +6,7 @@ Works on tiles with an online softmax, as the kernels do, so memory is bounded a
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,21 +14,24 @@ from torch import Tensor
 
 from sage_kernels.formats import E2M1_MAX, E4M3_MAX, MXFP8_GROUP, NVFP4_GROUP, round_to_e4m3
 from sage_kernels.formats.fp8_e4m3 import dequantize_fp8, quantize_fp8
-from sage_kernels.formats.grouping import group_absmax, pad_last_axis, split_last_axis
+from sage_kernels.formats.grouping import divide, group_absmax, pad_last_axis, split_last_axis
 from sage_kernels.formats.int8 import dequantize_int8, quantize_int8
 from sage_kernels.formats.mxfp8 import dequantize_mxfp8, quantize_mxfp8
 from sage_kernels.formats.nvfp4 import quantize_groups, round_to_e2m1
 from sage_kernels.recipes import EXACT, PVFormat, QKFormat, Recipe
 from sage_kernels.score_mask import ScoreMask, valid_tokens
 
-_TILE_ELEMENTS = 1 << 20  # scores held at once: a tile and its temporaries stay in a CPU's cache
+# Scores held at once: a tile and its temporaries stay in a CPU's cache; on a GPU launches are what costs.
+_TILE_ELEMENTS = 1 << 20
+_GPU_TILE_ELEMENTS = 1 << 24
 _P_MAX: dict[PVFormat, float] = {"nvfp4": E4M3_MAX * E2M1_MAX, "fp8": E4M3_MAX, "fp16": 1.0, "none": 1.0}
 _TOKEN_PADDING = NVFP4_GROUP
 _LARGEST_POWER = 126  # its reciprocal is a normal float32 too
-# Lowers the line between powers of two: so that it crosses E2M1's thresholds within 0.5 %, and so that it meets 2^x on
-# average, in 1/8192.
+_LARGEST_E4M3_CODE = 126
+# Lowers the line between powers of two: so that it crosses E2M1's thresholds within 0.5 %, in 1/8192; and so that it
+# meets 2^x on average.
 _E2M1_LINE_OFFSET = 530
-_MEAN_LINE_OFFSET = 462
+_E4M3_LINE_OFFSET = 0.0564
 _LINE_RANGE = 20.0
 
 
@@ -152,7 +156,7 @@ def quantize_operands(
         if recipe.quantized_delta:
             block_scale = query_scale[:, :, :: recipe.smooth_q_rows] if query_scale.dim() else query_scale
             query_means = _round_trip_qk(query_means * block_scale, recipe.qk, 1) / block_scale
-            first = _round_trip_qk(k * key_scale, recipe.qk, recipe.int8_rows[1])
+            first = _round_trip_qk(k * key_scale, recipe.qk, recipe.int8_rows[1], "k" in recipe.four_over_six)
             second = _round_trip_qk(k * key_scale - first, recipe.qk, recipe.int8_rows[1])
             smooth_key = (first + second) / key_scale
         q = q - query_means.repeat_interleave(recipe.smooth_q_rows, dim=2)[:, :, : q.shape[2]]
@@ -162,12 +166,12 @@ def quantize_operands(
     if recipe.smooth_v:
         value_mean = _token_mean(v, key_lengths)
         v = _subtract_from_tokens(v, value_mean, key_lengths)
-    value = _round_trip_v(_pad_tokens(v) * value_scale, recipe.pv) / value_scale
+    value = _round_trip_v(_pad_tokens(v) * value_scale, recipe.pv, "v" in recipe.four_over_six) / value_scale
     if recipe.recenter_v and value_mean is not None:
         value_mean = value_mean - _token_mean(value[:, :, : v.shape[2]], key_lengths)
     return QuantizedOperands(
-        _round_trip_qk(q * query_scale, recipe.qk, recipe.int8_rows[0]) / query_scale,
-        _round_trip_qk(k * key_scale, recipe.qk, recipe.int8_rows[1]) / key_scale,
+        _round_trip_qk(q * query_scale, recipe.qk, recipe.int8_rows[0], "q" in recipe.four_over_six) / query_scale,
+        _round_trip_qk(k * key_scale, recipe.qk, recipe.int8_rows[1], "k" in recipe.four_over_six) / key_scale,
         value,
         query_means,
         smooth_key,
@@ -176,8 +180,18 @@ def quantize_operands(
     )
 
 
-def attend(operands: QuantizedOperands, mask: ScoreMask, recipe: Recipe, scale: float) -> tuple[Tensor, Tensor]:
+def attend(
+    operands: QuantizedOperands,
+    mask: ScoreMask,
+    recipe: Recipe,
+    scale: float,
+    round_weights: Callable[[Tensor, Recipe], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Online softmax over tiles (SageAttention3, algorithm 1, lines 4 to 16).
+
+    Args:
+        operands, mask, recipe, scale: of the call.
+        round_weights: `round_p`, or a compiled form of it.
 
     Returns:
         output float32 [B, H, Nq, D] and LSE float32 [B, H, Nq].
@@ -186,20 +200,28 @@ def attend(operands: QuantizedOperands, mask: ScoreMask, recipe: Recipe, scale: 
     output = operands.query.new_empty((batch, heads, rows, operands.value.shape[-1]))
     lse = operands.query.new_empty((batch, heads, rows))
     step = max(1, recipe.smooth_q_rows)
-    step *= max(1, _TILE_ELEMENTS // max(1, batch * heads * recipe.key_block * step))
+    elements = _TILE_ELEMENTS if operands.query.device.type == "cpu" else _GPU_TILE_ELEMENTS
+    step *= max(1, elements // max(1, batch * heads * recipe.key_block * step))
     for start in range(0, rows, step):
         tile = slice(start, min(start + step, rows))
-        output[:, :, tile], lse[:, :, tile] = _attend_rows(operands, mask, recipe, scale, tile)
+        output[:, :, tile], lse[:, :, tile] = _attend_rows(
+            operands, mask, recipe, scale, tile, round_weights or round_p
+        )
     if operands.lse_shift is not None:
         lse += scale * operands.lse_shift
     return output, lse
 
 
 def _attend_rows(
-    operands: QuantizedOperands, mask: ScoreMask, recipe: Recipe, scale: float, rows: slice
+    operands: QuantizedOperands,
+    mask: ScoreMask,
+    recipe: Recipe,
+    scale: float,
+    rows: slice,
+    round_weights: Callable[[Tensor, Recipe], Tensor],
 ) -> tuple[Tensor, Tensor]:
     query = operands.query[:, :, rows]
-    stretch = _P_MAX[recipe.pv] * 2.0**-recipe.rescale_threshold
+    stretch = (_P_MAX[recipe.pv] if recipe.two_level else 1.0) * 2.0**-recipe.rescale_threshold
     maximum = query.new_full((*query.shape[:3], 1), -torch.inf)
     row_sum = torch.zeros_like(maximum)
     accumulator = query.new_zeros((*query.shape[:3], operands.value.shape[-1]))
@@ -213,7 +235,7 @@ def _attend_rows(
         new_maximum = torch.where(grown | tile_maximum.isnan(), tile_maximum, maximum)
         shift = torch.where(new_maximum == -torch.inf, 0.0, new_maximum)
         powers = scores.sub_(shift).mul_(math.log2(math.e)).add_(math.log2(stretch))
-        weights = _round_p(powers, recipe)
+        weights = round_weights(powers, recipe)
         rescale = torch.exp(maximum - shift)
         summed = weights if recipe.quantized_row_sum else _exp2(powers, recipe)
         row_sum = row_sum * rescale + summed.sum(dim=-1, keepdim=True)
@@ -271,16 +293,16 @@ def _pad_tokens(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % _TOKEN_PADDING))
 
 
-def _round_trip_nvfp4(x: Tensor) -> Tensor:
-    values, scales = quantize_groups(split_last_axis(x, NVFP4_GROUP))
+def _round_trip_nvfp4(x: Tensor, four_over_six: bool) -> Tensor:
+    values, scales = quantize_groups(split_last_axis(x, NVFP4_GROUP), four_over_six=four_over_six)
     return (values * scales).flatten(-2)
 
 
-def _round_trip_qk(x: Tensor, qk: QKFormat, int8_rows: int) -> Tensor:
+def _round_trip_qk(x: Tensor, qk: QKFormat, int8_rows: int, four_over_six: bool = False) -> Tensor:
     """Quantise along head_dim and back; the padding that a group needs is cut off again."""
     head_dim = x.shape[-1]
     if qk == "nvfp4":
-        return _round_trip_nvfp4(pad_last_axis(x, NVFP4_GROUP))[..., :head_dim]
+        return _round_trip_nvfp4(pad_last_axis(x, NVFP4_GROUP), four_over_six)[..., :head_dim]
     if qk == "mxfp8":
         return dequantize_mxfp8(quantize_mxfp8(pad_last_axis(x, MXFP8_GROUP)))[..., :head_dim]
     if qk == "int8":
@@ -288,10 +310,10 @@ def _round_trip_qk(x: Tensor, qk: QKFormat, int8_rows: int) -> Tensor:
     return x
 
 
-def _round_trip_v(x: Tensor, pv: PVFormat) -> Tensor:
+def _round_trip_v(x: Tensor, pv: PVFormat, four_over_six: bool = False) -> Tensor:
     """Quantise along the tokens and back."""
     if pv == "nvfp4":
-        return _round_trip_nvfp4(x.transpose(-1, -2)).transpose(-1, -2)
+        return _round_trip_nvfp4(x.transpose(-1, -2), four_over_six).transpose(-1, -2)
     if pv == "fp8":
         return dequantize_fp8(quantize_fp8(x, dim=-2))
     if pv == "fp16":
@@ -299,12 +321,15 @@ def _round_trip_v(x: Tensor, pv: PVFormat) -> Tensor:
     return x
 
 
-def _round_p(powers: Tensor, recipe: Recipe) -> Tensor:
+def round_p(powers: Tensor, recipe: Recipe) -> Tensor:
     """Round the stretched softmax weights 2^powers (two-level quantisation, section 3.2)."""
     weights = _exp2(powers, recipe)
     if recipe.pv == "nvfp4":
         groups = split_last_axis(weights, NVFP4_GROUP)
-        values, scales = quantize_groups(groups)
+        values, scales = quantize_groups(groups, four_over_six="p" in recipe.four_over_six)
+        if not recipe.rounded_divisor:
+            divisor = divide(group_absmax(groups), E2M1_MAX)
+            values = round_to_e2m1(torch.where(scales > 0, groups / divisor, 0.0))
         if recipe.linear_exp_of_8:
             line = _line_exp2(split_last_axis(powers, NVFP4_GROUP) - scales.log2(), _E2M1_LINE_OFFSET)
             line = line.where(scales > 0, 0.0)
@@ -319,13 +344,18 @@ def _round_p(powers: Tensor, recipe: Recipe) -> Tensor:
 
 
 def _exp2(powers: Tensor, recipe: Recipe) -> Tensor:
-    """2^powers, for E4M3 in part by lines: spread over keys in the order of 2 * (key // 8) + key % 2."""
+    """2^powers, for E4M3 in part by lines: those of evenly spread groups of 16 keys."""
     if recipe.pv != "fp8" or not recipe.linear_exp_of_8:
         return powers.exp2()
-    key = torch.arange(powers.shape[-1], device=powers.device)
-    is_linear = (key // 8 * 2 + key % 2) * recipe.linear_exp_of_8 % 8 + recipe.linear_exp_of_8 >= 8
-    is_linear = is_linear & (powers > -_LINE_RANGE)  # a masked weight stays 0
-    return torch.where(is_linear, _line_exp2(powers, _MEAN_LINE_OFFSET), powers.exp2())
+    group = torch.arange(powers.shape[-1], device=powers.device) // 16
+    is_linear = group * recipe.linear_exp_of_8 % 8 + recipe.linear_exp_of_8 >= 8
+    return torch.where(is_linear, _line_exp2_e4m3(powers), powers.exp2())
+
+
+def _line_exp2_e4m3(power: Tensor) -> Tensor:
+    """2^power by a straight line between powers of two, as E4M3 codes, of which 8 make a power of two."""
+    codes = ((power + (7 - _E4M3_LINE_OFFSET)) * 8).clamp(0, _LARGEST_E4M3_CODE).round()
+    return codes.to(torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def _line_exp2(power: Tensor, offset: int) -> Tensor:

@@ -20,9 +20,9 @@ SIXTEEN_BIT_METHODS = ("sdpa_flash", "sdpa_cudnn", "sdpa_efficient")
 HEAD_DIM_CLASSES = (64, 128, 256)
 # What a quantised rung must gain on 16 bit: what is measured as a tie may be a loss in the next run.
 _LEAST_GAIN = 1.02
-# Without measured times: tokens from which on a rung is taken to be faster. Preparation costs a share of the attention
-# that falls with the length. At 4096 tokens the public 8-bit packages still lose to cuDNN in 16 bit on an H100; at
-# twice that the share is half. FP4 tensor cores do four times the work of 8-bit ones.
+# On architectures without any measured times: tokens from which on a rung is taken to be faster. Preparation costs a
+# share of the attention that falls with the length. At 4096 tokens the public 8-bit packages still lose to cuDNN in 16
+# bit on an H100; at twice that the share is half. FP4 tensor cores do four times the work of 8-bit ones.
 UNMEASURED_LENGTH: dict[Precision, int] = {"fp4": 2048, "fp8_fp4": 2048, "int8": 8192, "int8_fp16": 8192}
 _UNMEASURED_HEADS = 24  # with so many heads such a length fills any GPU
 
@@ -46,7 +46,7 @@ def predicted_seconds(call: AttentionCall, architecture: Architecture | None, me
     """Seconds of a whole call, preparation included; None where nothing of the kind was measured.
 
     Args:
-        call: a call without a mask tensor; with one, nothing is measured.
+        call: what is to be computed.
         architecture: of the call's device.
         method: name of a kernel, or one of SIXTEEN_BIT_METHODS.
     """
@@ -77,6 +77,8 @@ def slower_than_sixteen_bit(
         if seconds * _LEAST_GAIN <= sixteen_bit[1]:
             return None
         return f"at this size {sixteen_bit[0]} in 16 bit was measured to be as fast or faster"
+    if architecture is not None and architecture.name in {key[0] for key in _load(TABLE)}:
+        return f"not measured on {architecture.name} at this size and head_dim; 16 bit is taken to be faster"
     least = UNMEASURED_LENGTH[precision]
     if _effective_length(call, _UNMEASURED_HEADS) >= least:
         return None
@@ -84,10 +86,10 @@ def slower_than_sixteen_bit(
 
 
 def _times_of(call: AttentionCall, architecture: Architecture | None) -> _Times | None:
-    if architecture is None or call.attn_mask is not None:
+    if architecture is None:
         return None
     head_dim = next(size for size in HEAD_DIM_CLASSES if call.head_dim <= size)
-    return _load(TABLE).get((architecture.name, head_dim, call.is_causal))
+    return _load(TABLE).get((architecture.name, head_dim, call.is_causal, call.attn_mask is not None))
 
 
 def _effective_length(call: AttentionCall, heads: int) -> float:
@@ -108,10 +110,10 @@ def _interpolate(length: float, lengths: tuple[int, ...], costs: tuple[float, ..
 
 
 @lru_cache
-def _load(path: Path) -> dict[tuple[str, int, bool], _Times]:
+def _load(path: Path) -> dict[tuple[str, int, bool, bool], _Times]:
     table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return {
-        (architecture, row["head_dim"], row["is_causal"]): _read_row(row)
+        (architecture, row["head_dim"], row["is_causal"], row["has_mask"]): _read_row(row)
         for architecture, entry in table.items()
         for row in entry["rows"]
     }

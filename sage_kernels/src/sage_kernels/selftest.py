@@ -1,7 +1,9 @@
 """The selftest: are the kernels right on this GPU, and how fast are they? Writes what an issue needs."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import date
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,14 +17,17 @@ from sage_kernels.architectures import device_architecture
 from sage_kernels.attention import attention, explain, prepare, run
 from sage_kernels.benchmark_shapes import FORWARD_SHAPES, BenchmarkShape
 from sage_kernels.capabilities import capabilities
+from sage_kernels.dispatch import Refusal
 from sage_kernels.doctor import doctor
 from sage_kernels.evidence import FAMILIES, Case, family_source_hashes, make_record, write_json
 from sage_kernels.gpu_timing import extra_bytes, time_on_gpu
+from sage_kernels.kernels import find_kernel
 from sage_kernels.precision import Precision
 from sage_kernels.reference import attention_fp32
-from sage_kernels.selftest_grid import grid, run_call
+from sage_kernels.selftest_grid import grid, kernel_recipe, run_call
 
 _SDPA = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
+_SHOWN = 20  # failed cases of the summary; the file has all
 _SAMPLED_HEADS, _SAMPLED_ROWS = 2, 128  # whose error to float32 is measured at full length
 
 _T = TypeVar("_T")
@@ -35,16 +40,39 @@ class _Method:
     benchmark: str = "whole_call"
 
 
+@dataclass
+class Report:
+    """What was found so far.
+
+    Attributes:
+        rungs: what this GPU runs natively.
+        refusals: what it doesn't, and why.
+        kernels: names of those that computed the cases, by rung.
+        rows: of timings, as in the result files of the benchmarks.
+        errors: what broke off.
+    """
+
+    rungs: tuple[Precision, ...]
+    refusals: tuple[Refusal, ...] = ()
+    cases: list[Case] = field(default_factory=list)
+    kernels: dict[str, list[str]] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+
 def selftest(output: Path, device: torch.device, timings: bool) -> bool:
     """Run the grid and the timings, write `output`, print the summary.
 
+    Only what this GPU runs natively is run: nothing is emulated.
+
     Args:
-        output: JSON file to write: an evidence record with "rows" of timings and the "doctor" text.
+        output: JSON file to write: an evidence record with "rows" of timings, "kernels" by precision, "errors" of what
+            could not be finished, and the "doctor" text.
         device: a CUDA device.
         timings: whether to time the benchmark shapes too.
 
     Returns:
-        Whether there were cases, and all passed.
+        Whether there were cases, all passed, and nothing broke off.
 
     Raises:
         ValueError: not an NVIDIA GPU.
@@ -53,32 +81,44 @@ def selftest(output: Path, device: torch.device, timings: bool) -> bool:
     if architecture is None:
         raise ValueError(f"the selftest runs on NVIDIA GPUs, got device {device}")
     torch.cuda.set_device(device)
-    rungs = next(each.precisions for each in capabilities() if each.device == str(device))
-    cases = check(rungs, device)
-    rows = list(measure(rungs, device)) if timings else []
+    here = next(each for each in capabilities() if each.device == str(device))
+    report = Report(here.precisions, here.refusals)
+    check(report, device)
+    if timings:
+        try:
+            report.rows += measure(here.precisions, device)
+        except Exception as error:  # a report of what was found so far is worth more than a traceback
+            report.errors.append(f"timings: {_describe(error)}")
     families = [family for family in FAMILIES if family_source_hashes(family)]
-    record = make_record(families, cases, architecture.target, f"sage_kernels {__version__}")
-    write_json(output, {**record, "rows": rows, "doctor": doctor()})
-    print(summary(record, rungs, rows))
+    record = make_record(families, report.cases, architecture.target, f"sage_kernels {__version__}")
+    record |= {"rows": report.rows, "kernels": report.kernels, "errors": report.errors, "doctor": doctor()}
+    write_json(output, record)
+    print(summary(record, report))
     print(f"\nPaste the lines above into an issue, and attach {output}.")
-    return bool(cases) and all(case.passed for case in cases)
+    return bool(report.cases) and all(case.passed for case in report.cases) and not report.errors
 
 
-def check(rungs: Iterable[Precision], device: torch.device) -> list[Case]:
+def check(report: Report, device: torch.device) -> None:
     """Cases of the grid at every rung; calls that a rung refuses are left out."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # the references' products
-    cases: list[Case] = []
     try:
-        for precision, call in progress([(rung, call) for rung in rungs for call in grid()], "correctness"):
+        for precision, call in progress([(rung, call) for rung in report.rungs for call in grid()], "correctness"):
             q, k, v = call.operands(device)
             gqa = call.kind == "gqa"
-            if explain(q, k, v, precision=precision, enable_gqa=gqa, **call.options(device)).kernel is None:
+            name = explain(q, k, v, precision=precision, enable_gqa=gqa, **call.options(device)).kernel
+            if name is None:
                 continue
-            cases += run_call(call, precision, attention, device)
+            used = report.kernels.setdefault(precision, [])
+            used += [name] if name not in used else []
+            try:
+                recipe = kernel_recipe(find_kernel(name), call, device)
+                report.cases += run_call(call, precision, attention, device, recipe)
+            except Exception as error:  # such as a compiler that is missing: the other cases may run
+                report.cases.append(Case(f"{precision}/{call.name}/ran", False, None, None))
+                report.errors.append(f"{precision}/{call.name}: {_describe(error)}")
     finally:
         torch.set_float32_matmul_precision(before)
-    return cases
 
 
 def measure(rungs: Iterable[Precision], device: torch.device) -> Iterator[dict[str, Any]]:
@@ -97,15 +137,44 @@ def measure(rungs: Iterable[Precision], device: torch.device) -> Iterator[dict[s
         yield from (row for row in rows if row is not None)
 
 
-def summary(record: dict[str, Any], rungs: Iterable[Precision], rows: list[dict[str, Any]]) -> str:
+def summary(record: dict[str, Any], report: Report) -> str:
     """What an issue needs to show, in a few lines."""
-    failed = [case for case in record["cases"] if not case["passed"]]
+    failed = [case for case in report.cases if not case.passed]
+    rungs = (f"{rung} ({', '.join(report.kernels.get(rung, ['nothing of the grid']))})" for rung in report.rungs)
+    errors = list(dict.fromkeys(report.errors))
     lines = [
         f"sage-kernels selftest {__version__}: {record['gpu']}, driver {record['driver']}, torch {record['torch']}",
-        f"runs: {', '.join(rungs)}",
-        f"correctness: {len(record['cases']) - len(failed)} of {len(record['cases'])} cases passed",
-        *(f"  FAILED {case['name']}: error {_number(case['max_error'])}, bound {case['bound']:.4g}" for case in failed),
+        f"runs: {', '.join(rungs)}; nothing is emulated",
+        *(f"not here: {refusal}" for refusal in report.refusals),
+        f"correctness: {len(report.cases) - len(failed)} of {len(report.cases)} cases passed",
+        *(f"  FAILED {_describe_case(case)}" for case in failed[:_SHOWN]),
+        *([f"  and {len(failed) - _SHOWN} more, in the file"] if len(failed) > _SHOWN else []),
+        *(f"  ERROR {error}" for error in errors[:_SHOWN]),
     ]
+    return "\n".join([*lines, *timing_lines(report.rows)])
+
+
+def bench(output: Path | None, device: torch.device) -> None:
+    """Time the benchmark shapes, print them, and write them where `output` says.
+
+    Raises:
+        ValueError: not an NVIDIA GPU.
+    """
+    if device_architecture(device) is None:
+        raise ValueError(f"the benchmark runs on NVIDIA GPUs, got device {device}")
+    torch.cuda.set_device(device)
+    rungs = next(each.precisions for each in capabilities() if each.device == str(device))
+    rows = list(measure(rungs, device))
+    if output is not None:
+        machine = {"machine": platform.platform(), "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+        version = {"commit": f"sage_kernels {__version__}", "date": date.today().isoformat()}
+        write_json(output, {**machine, **version, "command": "sage-kernels bench", "rows": rows})
+    print("\n".join([torch.cuda.get_device_name(), *timing_lines(rows)]))
+
+
+def timing_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Rows of timings for people, by shape."""
+    lines = []
     for shape in dict.fromkeys(row["shape"] for row in rows):
         entries = [row for row in rows if row["shape"] == shape]
         best = min((row["ms"] for row in entries if row["method"] in _SDPA), default=None)
@@ -116,7 +185,7 @@ def summary(record: dict[str, Any], rungs: Iterable[Precision], rows: list[dict[
                 f"  {row['method']:10} {row['benchmark']:11} {row['ms']:9.3f} ms {row['tflops']:6.0f} TFLOP/s, "
                 f"rel. L1 {row['rel_l1']:.4f}{speed}"
             )
-    return "\n".join(lines)
+    return lines
 
 
 def progress(items: Iterable[_T], description: str) -> Iterable[_T]:
@@ -193,8 +262,17 @@ def sampled_error(output: Tensor, qkv: tuple[Tensor, Tensor, Tensor], is_causal:
     return ((found - expected).abs().sum() / expected.abs().sum()).item()
 
 
-def _number(error: float | None) -> str:
-    return "not finite" if error is None else f"{error:.4g}"
+def _describe_case(case: Case) -> str:
+    if case.bound is None:
+        return f"{case.name}: broke off"
+    error = "not finite" if case.max_error is None else f"{case.max_error:.4g}"
+    return f"{case.name}: error {error}, bound {case.bound:.4g}"
+
+
+def _describe(error: Exception) -> str:
+    """In one line."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"
 
 
 def _tensor(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:

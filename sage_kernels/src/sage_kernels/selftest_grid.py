@@ -3,14 +3,16 @@
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from sage_kernels.attention_call import AttentionCall, make_call
 from sage_kernels.evidence import Case
+from sage_kernels.kernels.interface import Kernel
 from sage_kernels.precision import Precision
-from sage_kernels.recipes import EXACT, RECIPES
+from sage_kernels.recipes import EXACT, RECIPES, Recipe
 from sage_kernels.reference import quantized_attention
 
 KINDS = ("plain", "causal", "bool_mask", "additive_mask", "key_lengths", "gqa", "bnhd", "large")
@@ -23,6 +25,14 @@ REFERENCE_BOUND = 1e-2
 EXACT_FACTOR, EXACT_MARGIN = 1.1, 2e-3
 
 Attention = Callable[..., Tensor | tuple[Tensor, Tensor]]
+
+
+@runtime_checkable
+class RecipeKernel(Protocol):
+    """A kernel that rounds otherwise than its precision's recipe says."""
+
+    def recipe(self, call: AttentionCall) -> Recipe:
+        """What it computes."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +83,36 @@ def grid() -> Iterator[GridCall]:
         yield GridCall(kind, head_dim, dtype)
 
 
-def run_call(call: GridCall, precision: Precision, attention: Attention, device: torch.device) -> list[Case]:
+def kernel_recipe(kernel: Kernel, call: GridCall, device: torch.device) -> Recipe | None:
+    """What `kernel` computes of a call: its own answer where it has one, else its precision's; None at 16 bits."""
+    if not isinstance(kernel, RecipeKernel):
+        return RECIPES.get(kernel.precision)
+    q, k, v = call.operands(device)
+    options = call.options(device)
+    checked = make_call(
+        *(q, k, v, options.get("attn_mask"), options.get("is_causal", False)),
+        scale=None,
+        enable_gqa=True,
+        key_lengths=options.get("key_lengths"),
+        layout="BHND",
+        precision=kernel.precision,
+        return_lse=False,
+        allow_emulation=False,
+    )
+    return kernel.recipe(checked)
+
+
+def run_call(
+    call: GridCall, precision: Precision, attention: Attention, device: torch.device, recipe: Recipe | None = None
+) -> list[Case]:
     """Run one call at one precision.
+
+    Args:
+        call: of the grid.
+        precision: the rung.
+        attention: with attention()'s arguments.
+        device: where.
+        recipe: what the kernel computes; the precision's own where it is None.
 
     Returns:
         Two cases, against the quantised and the exact reference; at 16 bits, which has no quantised one, the latter.
@@ -86,8 +124,9 @@ def run_call(call: GridCall, precision: Precision, attention: Attention, device:
     unchanged = all(torch.equal(x, y) for x, y in zip((q, k, v), before, strict=True))
     exact, _ = quantized_attention(q, k, v, EXACT, **options)
     bounds = {"exact": (_relative_l1(output, exact), EXACT_MARGIN * 2)}
-    if precision in RECIPES:
-        reference, _ = quantized_attention(q, k, v, RECIPES[precision], **options)
+    recipe = recipe or RECIPES.get(precision)
+    if recipe is not None:
+        reference, _ = quantized_attention(q, k, v, recipe, **options)
         limit = EXACT_FACTOR * _relative_l1(reference, exact) + EXACT_MARGIN
         bounds = {"reference": (_relative_l1(output, reference), REFERENCE_BOUND), "exact": (bounds["exact"][0], limit)}
     return [

@@ -1,10 +1,11 @@
 """The kernels, one file each, in order of preference. A new kernel is a new file and one line in KERNELS."""
 
-from sage_kernels.kernels import emulation, int8_sm90, int8_triton, nvfp4_cuda, sdpa
+from sage_kernels.kernels import emulation, int8_sm90, int8_triton, nvfp4_cuda, nvfp4_triton, sdpa
 from sage_kernels.kernels.interface import Kernel
 
 KERNELS: tuple[Kernel, ...] = (
     nvfp4_cuda.KERNEL,
+    nvfp4_triton.KERNEL,
     int8_sm90.KERNEL,
     *int8_triton.KERNELS,
     sdpa.KERNEL,

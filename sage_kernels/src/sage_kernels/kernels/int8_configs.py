@@ -4,7 +4,7 @@ Fixed, because a search at run time would stall the first call of every shape.
 `python sage_kernels/benchmarks/tune_int8.py` times candidates on the GPU at hand.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sage_kernels.architectures import Architecture
@@ -20,7 +20,9 @@ class AttentionConfig:
         stages: steps whose keys and values are loaded ahead.
         partial_sums: add up P V of each step in float32, because Hopper's FP8 accumulators hold only 14 bits.
         row_sum: of the weights as they are rounded for P V; of those before rounding; or of the rounded ones, added up
-            by the tensor cores as one more product with ones.
+            by the tensor cores as one more product with ones. Where MMAs are asynchronous and take P from registers
+            (wgmma, sm_90) it must not be "rounded": Triton then reads these registers again while the MMA is under
+            way, the assembler reuses them after that, and the MMA reads what the next instructions wrote.
     """
 
     block_m: int
@@ -33,11 +35,20 @@ class AttentionConfig:
 
 def find_config(architecture: Architecture | None, block_d: int, mask_bytes: int = 0) -> AttentionConfig:
     """The row for a head_dim padded to `block_d` and a mask's element size; None is Triton's interpreter on the CPU."""
-    wide_mask = mask_bytes > 2  # Triton keeps the tiles of such a mask in shared memory, like those of K and V
+    if architecture is not None and architecture.capability[0] == 9:
+        return replace(_large_tiles(block_d, mask_bytes), row_sum="unrounded")
     if architecture is not None and architecture.shared_memory >= 227 << 10:
-        if block_d <= 128 and not wide_mask:
-            return AttentionConfig(128, 128, 8, 3)
-        return AttentionConfig(128, 64, 8, 2)
+        return _large_tiles(block_d, mask_bytes)
     if block_d <= 64:
         return AttentionConfig(128, 64, 4, 3)
-    return AttentionConfig(128, 64, 8, 1 if wide_mask else 3 if block_d == 128 else 2)
+    return AttentionConfig(128, 64, 8, 1 if _is_wide(mask_bytes) else 3 if block_d == 128 else 2)
+
+
+def _large_tiles(block_d: int, mask_bytes: int) -> AttentionConfig:
+    if block_d <= 128 and not _is_wide(mask_bytes):
+        return AttentionConfig(128, 128, 8, 3)
+    return AttentionConfig(128, 64, 8, 2)
+
+
+def _is_wide(mask_bytes: int) -> bool:
+    return mask_bytes > 2  # Triton keeps the tiles of such a mask in shared memory, like those of K and V

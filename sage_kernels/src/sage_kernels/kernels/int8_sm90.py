@@ -1,4 +1,4 @@
-"""INT8 attention in CUDA for sm_90a: csrc/int8_sm90_quantize.cu and csrc/int8_sm90_attention.cu."""
+"""INT8 attention in CUDA for sm_90a: csrc/int8_sm90_prepare.cu and csrc/int8_sm90_attention.cu."""
 
 import ctypes
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from sage_kernels.architectures import Architecture
 from sage_kernels.attention_call import AttentionCall
 from sage_kernels.cubin_loader import LoadedKernel, load_kernel
 from sage_kernels.int8_sm90_forms import FORMS, Int8Sm90Form
-from sage_kernels.kernel_variants import int8_sm90_attention_variant, int8_sm90_quantize_variant
+from sage_kernels.kernel_variants import int8_sm90_attention_variant, int8_sm90_prepare_variant
 from sage_kernels.kernels.tensor_layout import has_aligned_rows
 from sage_kernels.launch_plan import (
     LaunchPlan,
@@ -29,7 +29,7 @@ from sage_kernels.recipes import RECIPES, Recipe
 
 _TARGET = "sm_90a"
 _HEAD_DIM_STEP = 8  # channels that a thread loads at once
-_CLUSTER = 8  # thread blocks that gather the statistics of one head, as in int8_sm90_quantize.cu
+_CLUSTER = 8  # thread blocks that prepare one head of K or V, as in int8_sm90_prepare.cu
 _UNIT_ROWS = 64  # query rows of a warpgroup
 _MAX_GRID = 2**31 - 1
 
@@ -55,7 +55,7 @@ class Int8Sm90Kernel:
     """Q K^T in INT8 and P V in FP8 on Hopper's wgmma.
 
     Attributes:
-        forms: how the kernel is compiled, one form per head dimension, smallest first.
+        forms: how the kernel is compiled; the first that serves a call is used, so that smaller ones come first.
         even_share_turns: up to so many tiles for each multiprocessor, rows are shared out evenly, because many would
             idle in the last turn; more tiles are taken in turns, which shares keys in the L2 cache.
     """
@@ -83,7 +83,7 @@ class Int8Sm90Kernel:
 
     def recipe(self, call: AttentionCall) -> Recipe:
         """What this call computes, for comparison with `reference.quantized_attention`."""
-        form = self._form(call.head_dim)
+        form = self._form(call)
         return replace(
             RECIPES["int8"],
             key_block=form.keys,
@@ -94,8 +94,8 @@ class Int8Sm90Kernel:
         )
 
     def plan(self, call: AttentionCall) -> LaunchPlan:
-        """Smooth and quantise in two launches, attend in one; rows that 16-byte loads can't read are copied first."""
-        form, output = self._form(call.head_dim), OutputForm.of(call)
+        """Smooth and quantise in one launch, attend in one; rows that 16-byte loads can't read are copied first."""
+        form, output = self._form(call), OutputForm.of(call)
         batch, heads, kv_heads, rows = call.batch, call.heads, call.kv_heads, call.query_length
         query_rows, key_blocks = -(-rows // form.rows) * form.rows, -(-call.key_length // form.keys)
         workspace = _workspace(call, form, query_rows, key_blocks)
@@ -122,16 +122,13 @@ class Int8Sm90Kernel:
             is_bfloat16=is_bfloat16,
             softmax_scale=call.scale,
         )
-        statistics, quantize, attention = _load(form, is_bfloat16, call.device)
-        query_blocks = batch * heads * -(-query_rows // form.keys)
-        first, second = _CLUSTER * batch * kv_heads, 2 * batch * kv_heads * key_blocks
-        if call.return_lse:
-            second += query_blocks
-        else:
-            first += -(-query_blocks // _CLUSTER) * _CLUSTER
+        preparation, attention = _load(form, is_bfloat16, call.device)
+        prepare_blocks = 2 * _CLUSTER * batch * kv_heads
+        if not call.return_lse:
+            prepare_blocks += -(-batch * heads * -(-query_rows // form.keys) // _CLUSTER) * _CLUSTER
         offsets = workspace.offsets()
         prepare = LaunchSequence(
-            ((statistics, first), (quantize, second)),
+            ((preparation, prepare_blocks),),
             ParameterTemplate(parameters, offsets, ("query", "key", "value", "key_lengths", None)),
         )
         processors = _multiprocessors(attention.device_index)
@@ -154,8 +151,8 @@ class Int8Sm90Kernel:
         prepared: PreparedLaunch = state
         return prepared.plan.run(prepared)
 
-    def _form(self, head_dim: int) -> Int8Sm90Form:
-        return next(form for form in self.forms if head_dim <= form.head_dim)
+    def _form(self, call: AttentionCall) -> Int8Sm90Form:
+        return next(form for form in self.forms if form.serves(call.head_dim, call.key_length))
 
 
 def _workspace(call: AttentionCall, form: Int8Sm90Form, query_rows: int, key_blocks: int) -> WorkspaceLayout:
@@ -180,16 +177,9 @@ def _workspace(call: AttentionCall, form: Int8Sm90Form, query_rows: int, key_blo
 
 
 @lru_cache
-def _load(
-    form: Int8Sm90Form, is_bfloat16: bool, device: torch.device
-) -> tuple[LoadedKernel, LoadedKernel, LoadedKernel]:
-    variants = (
-        int8_sm90_quantize_variant("int8_sm90_statistics", form.head_dim, form.keys, is_bfloat16),
-        int8_sm90_quantize_variant("int8_sm90_quantize", form.head_dim, form.keys, is_bfloat16),
-        int8_sm90_attention_variant(form),
-    )
-    statistics, quantize, attention = (load_kernel(variant, device) for variant in variants)
-    return statistics, quantize, attention
+def _load(form: Int8Sm90Form, is_bfloat16: bool, device: torch.device) -> tuple[LoadedKernel, LoadedKernel]:
+    preparation = load_kernel(int8_sm90_prepare_variant(form.head_dim, form.keys, is_bfloat16), device)
+    return preparation, load_kernel(int8_sm90_attention_variant(form), device)
 
 
 @lru_cache

@@ -142,7 +142,7 @@ def _quantize(call: AttentionCall, block_d: int, fp8: bool) -> Int8Operands:
     if query_heads == 0:
         return operands
     rows = 32 if block_d > 64 else 64
-    chunks = _chunks(kv_heads, -(-call.key_length // rows))
+    chunks = _chunks(kv_heads, call.key_length)
     partials = empty((kv_heads, 4, chunks, block_d))
     lengths = call.key_lengths
     quantize.gather_statistics[(kv_heads * chunks,)](
@@ -278,10 +278,14 @@ def _block_d(head_dim: int) -> int:
     return max(32, 1 << (head_dim - 1).bit_length())
 
 
-def _chunks(kv_heads: int, steps: int) -> int:
-    """Pieces of a head's tokens that launch 1 sums up side by side: enough to fill a GPU, few enough to add up."""
-    wanted = 16 if kv_heads >= 24 else 32
-    return min(wanted, 1 << (steps - 1).bit_length())
+def _chunks(kv_heads: int, key_length: int) -> int:
+    """Pieces of a head's tokens that launch 1 sums up side by side: enough to fill a GPU, few enough to add up.
+
+    One of three numbers, because each is compiled.
+    """
+    if key_length <= 512:
+        return 4
+    return 16 if kv_heads >= 24 else 32
 
 
 def _on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -18,6 +18,11 @@ class Plan(Protocol):
     def run(self, state: Any) -> tuple[Tensor, Tensor | None]:
         """As Kernel.run()."""
 
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, key_lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """run() of prepare(); what cheaper way there is."""
+
 
 class Kernel(Protocol):
     """One way to compute attention at one precision."""

@@ -134,7 +134,10 @@ class NVFP4CudaKernel:
     emulated: bool = False
 
     def refuse(self, call: AttentionCall, architecture: Architecture | None) -> str | None:
-        """Refuse larger heads, gradients and grids beyond CUDA's limit."""
+        """Refuse other architectures, larger heads, gradients and grids beyond CUDA's limit."""
+        archs = nvfp4_attention_variant(MAX_HEAD_DIM, False).archs
+        if architecture is not None and architecture.target not in archs and not self.emulate_instructions:
+            return f"is compiled for {' and '.join(archs)} only"
         if call.needs_grad:
             return "the inputs require gradients; use trainable_attention or precision='fp16'"
         if call.head_dim > MAX_HEAD_DIM:

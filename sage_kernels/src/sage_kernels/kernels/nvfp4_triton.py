@@ -101,7 +101,7 @@ class NVFP4TritonKernel:
         if architecture is None or architecture.target not in ARCHITECTURES:
             return f"is compiled for {' and '.join(ARCHITECTURES)} (B200, B300) only"
         if call.precision == "auto":
-            return "is compiled for this GPU but was never run on one; ask for it with precision='fp4'"
+            return "is compiled for this GPU, never run on one; ask for it with precision='fp4'"
         if call.needs_grad:
             return "the inputs require gradients; use trainable_attention or precision='fp16'"
         if call.attn_mask is not None or call.key_lengths is not None:

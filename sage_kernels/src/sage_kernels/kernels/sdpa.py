@@ -69,6 +69,14 @@ class SdpaPlan:
             )
         return output, lse
 
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, key_lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """All at once."""
+        if self._is_plain and not self._is_bnhd:
+            return self._attend(q, k, v, self._options), None
+        return self.run(self.prepare(q, k, v, attn_mask, key_lengths))
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         """torch's choice among its kernels, the preferred one first; those that can't do a call pass it on."""
         if self._first is None:

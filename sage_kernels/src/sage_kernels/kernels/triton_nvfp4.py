@@ -79,7 +79,8 @@ def load_rows(codes, scales, rows, HEAD_DIM: tl.constexpr):
     )
 
 
-@triton.jit
+# Lengths come in all sizes: a compilation for each that is 1 or a multiple of 16 would cost more than it gains.
+@triton.jit(do_not_specialize=["heads", "kv_heads", "query_length", "key_length"])
 def attention(  # noqa: PLR0915 one loop
     query,  # u8 [B H, Nq', D / 2], Nq' rows padded to BLOCK_M
     query_scales,  # e4m3 [B H, Nq', D / 16]

@@ -1,7 +1,7 @@
-// Preparation of int8_sm90_attention.cu in two launches, bound by memory bandwidth:
-// statistics: per head and channel the mean of K and V and the largest |V - mean|; a cluster of 8 CTAs a head.
-// quantize: K minus its mean to INT8, V minus its mean to E4M3 and transposed.
-// Q to INT8 fills the GPU up beside the statistics, or comes with the second launch where it needs K's mean (for LSE).
+// Preparation of int8_sm90_attention.cu in one launch, bound by memory bandwidth. A cluster of 8 CTAs takes a head of K
+// or of V. It reads it twice, the second time, where it is short, from the L2 cache: first for the mean of each channel
+// (and the largest |V - mean|), then to quantise, K minus its mean to INT8, V minus its mean to E4M3 and transposed. Q
+// to INT8 fills the GPU up beside them, or follows the head's K where it needs K's mean (for LSE).
 // All are images of the tiles that the attention kernel copies to shared memory: rows of 128 or 64 bytes, 16-byte
 // chunks swizzled as wgmma reads them.
 //
@@ -31,9 +31,8 @@ DEVICE Channels unpack(uint4 raw) {
     out.x[2 * i] = __uint_as_float(words[i] << 16);
     out.x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000);
 #else
-    asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\n}\n"
-        : "=f"(out.x[2 * i]), "=f"(out.x[2 * i + 1])
-        : "r"(words[i]));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(out.x[2 * i]) : "h"(static_cast<u16>(words[i])));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(out.x[2 * i + 1]) : "h"(static_cast<u16>(words[i] >> 16)));
 #endif
   }
   return out;
@@ -135,7 +134,6 @@ DEVICE void quantize_key(const Int8Params& p, int block, int batch, int head, u3
   const i64 batch_head = i64(batch) * p.kv_heads + head;
   const u16* source = p.key + batch * p.key_strides[0] + head * p.key_strides[1] + 8 * group;
   u8* image = p.key_codes + (batch_head * p.key_blocks + block) * KEYS * HEAD_DIM;
-  const Channels mean = load_mean(p.key_mean + batch_head * HEAD_DIM, group);
   constexpr int kPasses = KEYS / kRowsPerPass;
   uint4 raw[kPasses];
   bool valid[kPasses];
@@ -146,6 +144,7 @@ DEVICE void quantize_key(const Int8Params& p, int block, int batch, int head, u3
     raw[pass] = make_uint4(0, 0, 0, 0);
     if (valid[pass]) raw[pass] = *reinterpret_cast<const uint4*>(source + row * p.key_strides[2]);
   }
+  const Channels mean = load_mean(p.key_mean + batch_head * HEAD_DIM, group);
   u32 largest = 0;
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
@@ -182,7 +181,8 @@ DEVICE int value_offset(int row, int chunk) {
 // Order of the image's columns (keys): within each 32, column 16 h + 4 t + b is key 16 h + 8 (b / 2) + 2 t + b % 2,
 // so that a thread's accumulators of Q K^T are its A operand of P V. Order of its rows (channels): within each 32, row
 // 8 i + 2 t + e is channel 8 t + 2 i + e, so that a thread's outputs are 8 consecutive channels.
-DEVICE void quantize_value(const Int8Params& p, int block, int batch, int head, u32* shared) {
+// Not inlined, so that its registers are not kept beside the loop's.
+static __device__ __noinline__ void quantize_value(const Int8Params& p, int block, int batch, int head, u32* shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   constexpr int kPairs = kGroups / 2;  // a warp reads 32 bytes of 16 tokens: two groups of 8 channels
   const int group = warp % kPairs * 2 + lane % 2;
@@ -198,7 +198,11 @@ DEVICE void quantize_value(const Int8Params& p, int block, int batch, int head, 
     reciprocal[c] = scales.x[c] == scales.x[c] ? 1.f / scales.x[c] : 0.f;
     error[c] = 0.f;
   }
+#if BFLOAT16
 #pragma unroll
+#else
+#pragma unroll 1  // unpacking takes more registers
+#endif
   for (int chunk = warp / kPairs * 4 + lane / 8; chunk < KEYS / 16; chunk += 4 * kWarps / kPairs) {
     u32 codes[8] = {};
 #pragma unroll
@@ -264,43 +268,38 @@ DEVICE float load_from_cta(const float* pointer, u32 rank) {
   return x;
 }
 
-enum Statistic { kKeySum, kValueSum, kValueLow, kValueHigh, kStatistics };
+enum Statistic { kSum, kLow, kHigh };
 
 DEVICE float combine(int statistic, float a, float b) {
-  return statistic == kValueLow ? fminf(a, b) : statistic == kValueHigh ? fmaxf(a, b) : a + b;
+  return statistic == kLow ? fminf(a, b) : statistic == kHigh ? fmaxf(a, b) : a + b;
 }
 
-DEVICE void gather_statistics(const Int8Params& p, int batch, int head, int rank) {
-  __shared__ float partial[kStatistics][kRowsPerPass][HEAD_DIM];
-  __shared__ float totals[kStatistics][HEAD_DIM];
+// Per channel the sum of all valid tokens of a head of K, and of V also the least and the largest value. CTA 0 of the
+// cluster gets them, one channel a thread, and calls `finish(channel, values)`.
+template <int kStatistics, typename Finish>
+DEVICE void gather_statistics(const u16* source, i64 stride, int length, int head_dim, int rank, u32* shared,
+                              Finish finish) {
+  auto partial = reinterpret_cast<float (*)[kRowsPerPass][HEAD_DIM]>(shared);
+  auto totals = reinterpret_cast<float (*)[HEAD_DIM]>(partial + kStatistics);
   const int group = threadIdx.x % kGroups;
-  const int length = valid_keys(p, batch);
-  const u16* key = p.key + batch * p.key_strides[0] + head * p.key_strides[1] + 8 * group;
-  const u16* value = p.value + batch * p.value_strides[0] + head * p.value_strides[1] + 8 * group;
   float sums[kStatistics][8];
 #pragma unroll
-  for (int c = 0; c < 8; ++c) {
-    sums[kKeySum][c] = sums[kValueSum][c] = 0.f;
-    sums[kValueLow][c] = infinity();
-    sums[kValueHigh][c] = -infinity();
-  }
-  const int end = 8 * group < p.head_dim ? length : 0;
-#pragma unroll 4
+  for (int c = 0; c < 8; ++c)
+#pragma unroll
+    for (int i = 0; i < kStatistics; ++i) sums[i][c] = i == kLow ? infinity() : i == kHigh ? -infinity() : 0.f;
+  const int end = 8 * group < head_dim ? length : 0;
+#pragma unroll kStatistics == 1 ? 8 : 4
   for (int row = rank * kRowsPerPass + threadIdx.x / kGroups; row < end; row += kClusterSize * kRowsPerPass) {
-    const Channels k = unpack(*reinterpret_cast<const uint4*>(key + row * p.key_strides[2]));
-    const Channels v = unpack(*reinterpret_cast<const uint4*>(value + row * p.value_strides[2]));
+    const Channels x = unpack(*reinterpret_cast<const uint4*>(source + 8 * group + row * stride));
 #pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      sums[kKeySum][c] += k.x[c];
-      sums[kValueSum][c] += v.x[c];
-      sums[kValueLow][c] = fminf(sums[kValueLow][c], v.x[c]);
-      sums[kValueHigh][c] = fmaxf(sums[kValueHigh][c], v.x[c]);
-    }
+    for (int c = 0; c < 8; ++c)
+#pragma unroll
+      for (int i = 0; i < kStatistics; ++i) sums[i][c] = combine(i, sums[i][c], x.x[c]);
   }
 #pragma unroll
-  for (int statistic = 0; statistic < kStatistics; ++statistic)
+  for (int i = 0; i < kStatistics; ++i)
 #pragma unroll
-    for (int c = 0; c < 8; ++c) partial[statistic][threadIdx.x / kGroups][8 * group + c] = sums[statistic][c];
+    for (int c = 0; c < 8; ++c) partial[i][threadIdx.x / kGroups][8 * group + c] = sums[i][c];
   __syncthreads();
   for (int i = threadIdx.x; i < kStatistics * HEAD_DIM; i += kThreads) {
     const int statistic = i / HEAD_DIM, channel = i % HEAD_DIM;
@@ -313,56 +312,73 @@ DEVICE void gather_statistics(const Int8Params& p, int batch, int head, int rank
     const int channel = threadIdx.x;
     float total[kStatistics];
 #pragma unroll
-    for (int statistic = 0; statistic < kStatistics; ++statistic) {
-      total[statistic] = totals[statistic][channel];
+    for (int i = 0; i < kStatistics; ++i) {
+      total[i] = totals[i][channel];
+#pragma unroll
       for (u32 other = 1; other < kClusterSize; ++other)
-        total[statistic] = combine(statistic, total[statistic], load_from_cta(&totals[statistic][channel], other));
+        total[i] = combine(i, total[i], load_from_cta(&totals[i][channel], other));
     }
-    const float count = max(length, 1);
-    const float value_mean = total[kValueSum] / count;
-    u32 largest = max(magnitude(total[kValueHigh] - value_mean), magnitude(value_mean - total[kValueLow]));
-    if (length == 0 || channel >= p.head_dim) largest = 0;
-    const i64 at = (i64(batch) * p.kv_heads + head) * HEAD_DIM + channel;
-    p.key_mean[at] = total[kKeySum] / count;
-    p.value_mean[at] = value_mean;
-    p.value_scale[at] = make_scale(largest, 448.f).scale;
-    p.value_error[at] = 0;
+    finish(channel, total);
   }
-  cluster_sync();  // no CTA leaves while another reads its shared memory
+  cluster_sync();  // all see what CTA 0 wrote, and none leaves while another reads its shared memory
 }
 
-// ---- launches ------------------------------------------------------------------------------------------------------
-
-DEVICE void quantize_query_block(const Int8Params& p, int index) {
-  const int blocks = ceil_div(p.query_rows, KEYS);
-  const int batch_head = index / blocks;
-  if (batch_head < p.batch * p.heads) quantize_query(p, index % blocks, batch_head / p.heads, batch_head % p.heads);
-}
-
-// Grid: 8 * B * Hkv, plus ceil(query_rows / KEYS) * B * H rounded up to whole clusters where no LSE is wanted.
-extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads)
-    int8_sm90_statistics(const __grid_constant__ Int8Params p) {
-  const int cluster = blockIdx.x / kClusterSize;
-  if (cluster < p.batch * p.kv_heads)
-    gather_statistics(p, cluster / p.kv_heads, cluster % p.kv_heads, blockIdx.x % kClusterSize);
-  else
-    quantize_query_block(p, blockIdx.x - kClusterSize * p.batch * p.kv_heads);
-}
-
-// Grid: 2 * key_blocks * B * Hkv, plus ceil(query_rows / KEYS) * B * H where LSE is wanted.
-// The last tokens first: the statistics have read them last, so that they may still be in the L2 cache.
-extern "C" __global__ void __launch_bounds__(kThreads, 3) int8_sm90_quantize(const __grid_constant__ Int8Params p) {
-  __shared__ __align__(16) u32 shared[KEYS * HEAD_DIM / 4];
-  const int kv_heads = p.batch * p.kv_heads;
-  const int block = p.key_blocks - 1 - int(blockIdx.x) / (2 * kv_heads);
-  if (block < 0) {
-    quantize_query_block(p, blockIdx.x - 2 * kv_heads * p.key_blocks);
-    return;
-  }
-  const int role = blockIdx.x % (2 * kv_heads);
-  const int batch_head = role % kv_heads, batch = batch_head / p.kv_heads, head = batch_head % p.kv_heads;
-  if (role < kv_heads)
+DEVICE void prepare_keys(const Int8Params& p, int batch, int head, int rank, u32* shared) {
+  const int length = valid_keys(p, batch);
+  float* mean = p.key_mean + (i64(batch) * p.kv_heads + head) * HEAD_DIM;
+  const u16* source = p.key + batch * p.key_strides[0] + head * p.key_strides[1];
+  gather_statistics<1>(
+      source, p.key_strides[2], length, p.head_dim, rank, shared,
+      [&](int channel, const float (&total)[1]) { mean[channel] = total[kSum] / float(max(length, 1)); });
+#pragma unroll 1
+  for (int block = p.key_blocks - 1 - rank; block >= 0; block -= kClusterSize) {
     quantize_key(p, block, batch, head, shared);
-  else
+    __syncthreads();  // before `shared` is used again
+  }
+  if (!p.lse_shift) return;
+  const int query_heads = p.heads / p.kv_heads, blocks = ceil_div(p.query_rows, KEYS);
+  for (int i = rank; i < query_heads * blocks; i += kClusterSize)
+    quantize_query(p, i % blocks, batch, head * query_heads + i / blocks);
+}
+
+DEVICE void prepare_values(const Int8Params& p, int batch, int head, int rank, u32* shared) {
+  const int length = valid_keys(p, batch);
+  const i64 start = (i64(batch) * p.kv_heads + head) * HEAD_DIM;
+  const u16* source = p.value + batch * p.value_strides[0] + head * p.value_strides[1];
+  gather_statistics<3>(source, p.value_strides[2], length, p.head_dim, rank, shared,
+                       [&](int channel, const float (&total)[3]) {
+                         const float mean = total[kSum] / float(max(length, 1));
+                         u32 largest = max(magnitude(total[kHigh] - mean), magnitude(mean - total[kLow]));
+                         if (length == 0 || channel >= p.head_dim) largest = 0;
+                         p.value_mean[start + channel] = mean;
+                         p.value_scale[start + channel] = make_scale(largest, 448.f).scale;
+                         p.value_error[start + channel] = 0;
+                       });
+#pragma unroll 1
+  for (int block = p.key_blocks - 1 - rank; block >= 0; block -= kClusterSize) {
     quantize_value(p, block, batch, head, shared);
+    __syncthreads();  // before `shared` is used again
+  }
+}
+
+// ---- launch --------------------------------------------------------------------------------------------------------
+
+// Grid: 2 * 8 * B * Hkv, plus ceil(query_rows / KEYS) * B * H rounded up to whole clusters where no LSE is wanted.
+// K and V begin first, because they take longest: with Q between them it took a tenth longer.
+extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 3)
+    int8_sm90_prepare(const __grid_constant__ Int8Params p) {
+  constexpr int kStatisticWords = 3 * (kRowsPerPass + 1) * HEAD_DIM, kImageWords = KEYS * HEAD_DIM / 4;
+  __shared__ __align__(16) u32 shared[kStatisticWords > kImageWords ? kStatisticWords : kImageWords];
+  const int kv_heads = p.batch * p.kv_heads, rank = blockIdx.x % kClusterSize;
+  const int cluster = blockIdx.x / kClusterSize, batch_head = cluster % kv_heads;
+  const int batch = batch_head / p.kv_heads, head = batch_head % p.kv_heads;
+  if (cluster < kv_heads) {
+    prepare_values(p, batch, head, rank, shared);
+  } else if (cluster < 2 * kv_heads) {
+    prepare_keys(p, batch, head, rank, shared);
+  } else {
+    const int index = blockIdx.x - 2 * kClusterSize * kv_heads, blocks = ceil_div(p.query_rows, KEYS);
+    if (index < blocks * p.batch * p.heads)
+      quantize_query(p, index % blocks, index / blocks / p.heads, index / blocks % p.heads);
+  }
 }

@@ -1,0 +1,1 @@
+"""Triton programs of trainable attention."""

@@ -1,0 +1,72 @@
+"""8-bit numbers inside the kernels: rounding to them, their sums, and the order of their tokens."""
+
+import triton
+import triton.language as tl
+
+INF = tl.constexpr(float("inf"))
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# 1.5 * 2^23: adding it rounds to an integer, ties to even, and leaves the integer in the low bits.
+ROUND = tl.constexpr(12582912.0)
+INT8_MAX = tl.constexpr(127.0)
+E4M3_MAX = tl.constexpr(448.0)
+
+
+@triton.jit
+def limit(FP8: tl.constexpr):
+    """The largest code."""
+    return E4M3_MAX if FP8 else INT8_MAX
+
+
+@triton.jit
+def round_codes(x, FP8: tl.constexpr):
+    """Codes of numbers that are within the codes' range."""
+    if FP8:  # noqa: SIM108 a branch of the compiler
+        codes = x.to(tl.float8e4nv)
+    else:
+        # Not a conversion to an integer: that goes through the pipe of the exponentials, which is the busiest.
+        codes = (x + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+    return codes
+
+
+@triton.jit
+def multiply(a, b, FP8: tl.constexpr):
+    """a b of codes: int32, or float32."""
+    return tl.dot(a, b, out_dtype=tl.float32 if FP8 else tl.int32)
+
+
+@triton.jit
+def permuted(lanes):
+    """Token at each position of a transposed tile.
+
+    Within 16, so that the accumulators that a thread holds are its operand of the next 8-bit MMA as they are.
+    """
+    return lanes // 16 * 16 + (lanes // 2 % 2 * 8 + lanes // 4 % 4 * 2 + lanes % 2)
+
+
+@triton.jit
+def permute_columns(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The columns of codes [ROWS, COLUMNS] in the order of permuted()."""
+    x = tl.reshape(x, [ROWS, COLUMNS // 16, 2, 4, 2])
+    return tl.reshape(tl.permute(x, [0, 1, 3, 2, 4]), [ROWS, COLUMNS])
+
+
+@triton.jit
+def load_rows(pointer, rows, row_stride, columns, column_stride, valid, HEAD_DIM: tl.constexpr):
+    """float32 [rows, columns] of a strided matrix; 0 where there is nothing."""
+    offsets = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
+    return tl.load(pointer + offsets, mask=valid[:, None] & (columns < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def quantize_tile(x, FP8: tl.constexpr):
+    """Codes of [rows, columns] with one scale, and that scale [1]: NaN where the tile is not finite everywhere."""
+    magnitude = tl.abs(x)
+    absmax = tl.max(tl.max(tl.where(magnitude < INF, magnitude, INF), 1), 0)
+    # Divided, and correctly rounded: 16-bit numbers fall between two codes often enough for a reciprocal to tell.
+    absmax += tl.zeros([1], tl.float32)
+    scale = tl.div_rn(absmax, tl.full([1], 1.0, tl.float32) * limit(FP8))
+    usable = (scale > 0) & (absmax < INF)
+    divisor = tl.broadcast_to(tl.where(usable, scale, 1.0)[:, None], x.shape)
+    quotient = tl.div_rn(tl.where(usable[:, None] & (magnitude < INF), x, 0.0), divisor)
+    return round_codes(quotient, FP8), tl.where(absmax < INF, scale, absmax - absmax)
