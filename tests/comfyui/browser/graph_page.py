@@ -61,7 +61,7 @@ class GraphPage:
         """Move the first node of a type away from the others, give it a size, and show it."""
         self.page.run(
             "const node = app.graph.nodes.find(({type}) => type === args[0]);"
-            "node.pos = [-4000, -4000]; if (args[1]) node.setSize(args[1])",
+            "node.pos = [-3000 * (1 + node.id), -4000]; if (args[1]) node.setSize(args[1])",
             type_,
             size,
         )

@@ -124,7 +124,7 @@ def test_the_doctors_report_is_on_the_node_and_can_be_copied(graph, opened, node
         "widgets.find(({name}) => name === 'report_text').value = args[0]",
         text,
     )
-    save_node("Sage3Doctor", "doctor_node", [620, 900])
+    save_node("Sage3Doctor", "doctor_node", [620, 700])
 
 
 def allow_clipboard(opened):
