@@ -11,6 +11,7 @@ import torch
 from int8_cases import KINDS, call_of, compare, make_options, make_qkv, relative_l1, run
 from sage_kernels.formats.fp8_e4m3 import quantize_fp8
 from sage_kernels.formats.int8 import quantize_int8
+from sage_kernels.kernels.int8_configs import AttentionConfig
 from sage_kernels.kernels.int8_operands import TOKEN_TILE
 from sage_kernels.kernels.int8_triton import KERNELS
 from sage_kernels.reference import power_of_two_scale, quantized_attention
@@ -177,6 +178,15 @@ def test_a_call_takes_two_launches_to_prepare_and_one_to_run(kernel, monkeypatch
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
     run(kernel, call_of(*make_qkv(1, 1, 1, 20, 20, 32, torch.bfloat16, CPU), kernel.precision))
     assert launches == ["gather_statistics", "quantize", "attend"]
+
+
+@pytest.mark.parametrize("row_sum", ["unrounded", "ones"])
+def test_other_row_sums_agree_with_the_reference(kernel, row_sum, monkeypatch):
+    """As GPUs other than the interpreter's are given them (int8_configs.py)."""
+    config = AttentionConfig(64, 64, 4, 1, row_sum=row_sum)
+    monkeypatch.setattr("sage_kernels.kernels.int8_triton.find_config", lambda *_: config)
+    q, k, v = make_qkv(1, 2, 1, 70, 100, 64, torch.bfloat16, CPU)
+    check(kernel, q, k, v, is_causal=True)
 
 
 def test_gradients_are_refused(kernel):

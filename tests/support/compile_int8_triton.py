@@ -1,6 +1,6 @@
 """Compiles the INT8 kernels for a GPU that need not be there, through Triton's own launch path.
 
-    python compile_int8_triton.py 8.9
+    python compile_int8_triton.py 8.9 [number of CALLS]
 
 Prints, one JSON object a line, the kernel, the shared memory of a program, what the call was, and which values are read
 by an asynchronous MMA from registers and by something else too.
@@ -72,7 +72,7 @@ def main():
 
     JITFunction.__getitem__ = compile_only
     for kernel in int8_triton.KERNELS:
-        for kind, head_dim, dtype in CALLS:
+        for kind, head_dim, dtype in CALLS[: int(sys.argv[2]) if sys.argv[2:] else None]:
             q, k, v = make_qkv(2, 4, 2, 300, 300, head_dim, dtype, "cpu")
             call = call_of(q, k, v, kernel.precision, **make_options(kind, 2, 4, 300, 300, "cpu"))
             for _ in range(2):  # the second launch finds what the first has left
