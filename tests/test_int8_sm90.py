@@ -13,9 +13,9 @@ from sage_kernels.reference import attention_fp32, quantized_attention
 HOPPER = find_architecture((9, 0))
 
 
-def call_with(head_dim=64, mask=None, requires_grad=False):
+def call_with(head_dim=64, mask=None, requires_grad=False, scale=None):
     q, k, v = (torch.zeros(1, 2, 5, head_dim, dtype=torch.bfloat16, requires_grad=requires_grad) for _ in range(3))
-    return make_call(q, k, v, mask, False, None, False, None, "BHND", "int8", False, False)
+    return make_call(q, k, v, mask, False, scale, False, None, "BHND", "int8", False, False)
 
 
 @pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 80, 96, 104, 128])
@@ -33,6 +33,8 @@ def test_takes_head_dims_that_fit_its_tiles(head_dim):
         (call_with(mask=torch.ones(5, 5, dtype=torch.bool)), HOPPER, "no mask tensor"),
         (call_with(head_dim=136), HOPPER, "head_dim 136"),
         (call_with(head_dim=33), HOPPER, "head_dim 33"),
+        (call_with(scale=1e5), HOPPER, "scale 100000 is beyond 300"),
+        (call_with(scale=-301.0), HOPPER, "scale -301 is beyond 300"),
     ],
 )
 def test_refuses_what_it_can_not_do(call, architecture, words):

@@ -32,6 +32,7 @@ _HEAD_DIM_STEP = 8  # channels that a thread loads at once
 _CLUSTER = 8  # thread blocks that prepare one head of K or V, as in int8_sm90_prepare.cu
 _UNIT_ROWS = 64  # query rows of a warpgroup
 _MAX_GRID = 2**31 - 1
+_LARGEST_SCALE = 300.0  # tested; at 1e5 some rows of unit variance had no finite LSE
 
 
 class _Parameters(ctypes.Structure):
@@ -67,7 +68,7 @@ class Int8Sm90Kernel:
     emulated: bool = False
 
     def refuse(self, call: AttentionCall, architecture: Architecture | None) -> str | None:
-        """Refuse other architectures, mask tensors, gradients and head dimensions that its tiles can't hold."""
+        """Refuse other architectures, mask tensors, gradients, huge scales and head dimensions beyond its tiles."""
         if architecture is None or architecture.target != _TARGET:
             return f"it is made of instructions that only {_TARGET} has"
         if call.needs_grad:
@@ -76,6 +77,10 @@ class Int8Sm90Kernel:
             return "it takes no mask tensor, only is_causal and key_lengths"
         if call.head_dim > self.forms[-1].head_dim or call.head_dim % _HEAD_DIM_STEP:
             return f"head_dim {call.head_dim} is not a multiple of {_HEAD_DIM_STEP} up to {self.forms[-1].head_dim}"
+        if abs(call.scale) > _LARGEST_SCALE:
+            return (
+                f"scale {call.scale:g} is beyond {_LARGEST_SCALE:g}: its exponents lose the row sum's precision there"
+            )
         rows = call.batch * (call.heads * call.query_length + call.kv_heads * call.key_length)
         if rows > _MAX_GRID:
             return f"{rows} rows in all are more than its grid can count ({_MAX_GRID})"
