@@ -58,7 +58,7 @@ VERDICTS = {
     ),
     "ours + rotation after smoothing": (
         "none in the loop; 7 butterfly stages for each row of Q and K in preparation",
-        "not in the FP4 kernel yet: a large gain on the trained model, none on the synthetic sets; adopted in the FP4 cache",
+        "not in the FP4 kernel yet: much on the trained model, nothing on the synthetic sets; adopted in the FP4 cache",
     ),
     "ours + four over six for K, V + rotation": ("both", "the next step for the FP4 kernel's preparation"),
     "ours with 16 rows per Q mean": (
