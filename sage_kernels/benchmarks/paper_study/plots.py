@@ -12,9 +12,9 @@ def scatter(path: Path, points: Mapping[str, tuple[float, float]], title: str, x
     for name, (x, y) in points.items():
         ours = name.startswith("ours")
         axes.plot(x, y, "o", color="#c2410c" if ours else "#1d4ed8")
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8)
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, -12 if ours else 4), fontsize=8)
     axes.set_yscale("log")
-    axes.margins(x=0.2, y=0.15)
+    axes.margins(x=0.3, y=0.15)
     figure.savefig(path, dpi=120)
 
 

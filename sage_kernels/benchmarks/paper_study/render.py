@@ -19,7 +19,7 @@ REASONS = {
         "The models differ in what smoothing has to remove. The demo model normalises Q and K before attention and its "
         "heads share little bias, so that without smoothing it loses a fraction of what CogVideoX-2B loses, the mean "
         "of K holds little, and what is left is channels of different size, which a rotation evens out. The synthetic "
-        "biased set has what the paper's model has, and there the paper's order holds."
+        "biased set has what the paper's model has, and there the paper's order holds but for Hadamard's place."
     ),
     "precisions": (
         "P in INT8 has the fixed scale 1 / 127 here, so that weights below 1 / 254 of a row's largest vanish; the "
