@@ -69,22 +69,26 @@ class Int8Sm90Kernel:
 
     def refuse(self, call: AttentionCall, architecture: Architecture | None) -> str | None:
         """Refuse other architectures, mask tensors, gradients, huge scales and head dimensions beyond its tiles."""
-        if architecture is None or architecture.target != _TARGET:
-            return f"it is made of instructions that only {_TARGET} has"
-        if call.needs_grad:
-            return "the inputs require gradients; use trainable_attention or precision='fp16'"
-        if call.attn_mask is not None:
-            return "it takes no mask tensor, only is_causal and key_lengths"
-        if call.head_dim > self.forms[-1].head_dim or call.head_dim % _HEAD_DIM_STEP:
-            return f"head_dim {call.head_dim} is not a multiple of {_HEAD_DIM_STEP} up to {self.forms[-1].head_dim}"
-        if abs(call.scale) > _LARGEST_SCALE:
-            return (
-                f"scale {call.scale:g} is beyond {_LARGEST_SCALE:g}: its exponents lose the row sum's precision there"
-            )
+        largest = self.forms[-1].head_dim
         rows = call.batch * (call.heads * call.query_length + call.kv_heads * call.key_length)
-        if rows > _MAX_GRID:
-            return f"{rows} rows in all are more than its grid can count ({_MAX_GRID})"
-        return None
+        reasons = (
+            (
+                architecture is None or architecture.target != _TARGET,
+                f"it is made of instructions that only {_TARGET} has",
+            ),
+            (call.needs_grad, "the inputs require gradients; use trainable_attention or precision='fp16'"),
+            (call.attn_mask is not None, "it takes no mask tensor, only is_causal and key_lengths"),
+            (
+                call.head_dim > largest or call.head_dim % _HEAD_DIM_STEP != 0,
+                f"head_dim {call.head_dim} is not a multiple of {_HEAD_DIM_STEP} up to {largest}",
+            ),
+            (
+                abs(call.scale) > _LARGEST_SCALE,
+                f"scale {call.scale:g} is beyond {_LARGEST_SCALE:g}, where its exponents lose their last whole bits",
+            ),
+            (rows > _MAX_GRID, f"{rows} rows in all are more than its grid can count ({_MAX_GRID})"),
+        )
+        return next((reason for refused, reason in reasons if refused), None)
 
     def recipe(self, call: AttentionCall) -> Recipe:
         """What this call computes, for comparison with `reference.quantized_attention`."""
