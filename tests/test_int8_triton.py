@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import sage_kernels
+from sage_kernels.kernels import int8_triton
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,3 +26,15 @@ def test_kernels_agree_with_the_reference_in_the_interpreter():
     assert run.returncode == 0, run.stdout
     assert " passed" in run.stdout
     assert "skipped" not in run.stdout
+
+
+@pytest.mark.parametrize("head_dim", [33, 96])
+def test_values_with_odd_rows_are_copied(head_dim):
+    """Triton reads two channels at once where it permutes tokens, also of rows that start at an odd element."""
+    wide = torch.randn(1, 2, 6, 101)
+    value = wide[..., 3 : 3 + head_dim]
+    copy = int8_triton._with_even_rows(value)
+    assert copy.stride(2) % 16 == 0
+    assert torch.equal(copy, value)
+    even = torch.randn(1, 2, 6, 100)[..., :head_dim]
+    assert int8_triton._with_even_rows(even) is even
