@@ -194,7 +194,7 @@ def lora_and_reload(nodes: Nodes) -> dict[str, Any]:
 def node_message(nodes: Nodes, family: str, sensitivity: bool) -> dict[str, Any]:
     """What the node Sage3Attention tells the browser."""
     model = build(family)
-    profile = SimpleNamespace(sensitivity_by_block=Sensitivity()) if sensitivity else None
+    profile = SimpleNamespace(precisions=("fp4",), sensitivity_by_block=Sensitivity()) if sensitivity else None
     node = nodes["Sage3Attention"]
     defaults = {item.id: item.default for item in node.define_schema().inputs if hasattr(item, "default")}
     return node.execute(model=model.patcher, **defaults, profile=profile).ui["sage3"][0]
