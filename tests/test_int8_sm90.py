@@ -33,8 +33,6 @@ def test_takes_head_dims_that_fit_its_tiles(head_dim):
         (call_with(mask=torch.ones(5, 5, dtype=torch.bool)), HOPPER, "no mask tensor"),
         (call_with(head_dim=136), HOPPER, "head_dim 136"),
         (call_with(head_dim=33), HOPPER, "head_dim 33"),
-        (call_with(scale=1e5), HOPPER, "scale 100000 is beyond 300"),
-        (call_with(scale=-301.0), HOPPER, "scale -301 is beyond 300"),
     ],
 )
 def test_refuses_what_it_can_not_do(call, architecture, words):

@@ -7,6 +7,10 @@ constexpr int kEarly = SPLIT ? kScores / 8 * SPLIT : kScores;
 static_assert(!LINE || ONES, "weights of a line exist as codes only");
 constexpr u32 kMagicBits = 0x4B400000;
 constexpr float kMagic = 12582912.f;
+// The product of kMagic and a score's factor is rounded by up to 0.75 factors, by which a block's exponents are off. Up
+// to this factor that is 0.375 codes of E4M3 and can't lead beyond the largest, which is followed by NaN. From there on
+// a step from one score to the next is so large that few weights count: the block's largest score is subtracted first.
+constexpr float kSteep = 1.f / 16.f;
 constexpr float kLog2Stretch = 8.807354922f - HEADROOM;  // log2(448): the row maximum becomes E4M3's largest value
 // 2^x by a straight line between powers of two (Schraudolph), within 6 %: 8 x counts E4M3's codes.
 constexpr float kCodeUnit = 1.f / 16777216.f;  // of pack_integers
@@ -56,37 +60,47 @@ struct Softmax {
         chain = i < 4 * kChains ? max(a, b) : max(max(chain, a), b);
       }
     }
-    bool grows = false;
+    bool grows = false, steep = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       largest[r][0] = max(largest[r][0], largest[r][1]);
       factor[r] = query_scale[r] * key_scale;
       if (factor[r] < 1e-35f) factor[r] = 1e-35f;  // keeps 0 * -inf away; a NaN passes
+      steep |= factor[r] > kSteep;
       grows |= !(to_exponent(largest[r][0], r) <= maximum[r] + HEADROOM);
     }
-    grown = __any_sync(~0u, grows);
+    grown = __any_sync(~0u, grows || steep);
+    float center = kMagic, start[2] = {0.f, 0.f};  // the float that a score is counted from, and its exponent
     if (grown) {
+      steep = __any_sync(~0u, steep);
+      if (steep) center = 0.f;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         int row_largest = max(largest[r][0], __shfl_xor_sync(~0u, largest[r][0], 1));
         row_largest = max(row_largest, __shfl_xor_sync(~0u, row_largest, 2));
         const float previous = maximum[r];
         const float scaled = to_exponent(row_largest, r);
-        maximum[r] = scaled <= previous + HEADROOM ? previous : scaled;
+        maximum[r] = scaled <= previous + (steep ? 0 : HEADROOM) ? previous : scaled;
         rescale[r] = exp2_approx(previous - (maximum[r] == -infinity() ? 0.f : maximum[r]));
         if (!ONES) row_sum[r] *= rescale[r];
+        if (steep && scaled != -infinity()) start[r] = scaled;
+        if (steep) subtract(scaled == -infinity() ? kMagic : __int_as_float(row_largest), r);
       }
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float shift = maximum[r] == -infinity() ? 0.f : maximum[r];
-      offset[r] = fmaf(-kMagic, factor[r], kLog2Stretch - shift);
+      offset[r] = fmaf(-center, factor[r], kLog2Stretch - (shift - start[r]));
       line_factor[r] = factor[r] * kLineUnits;
-      // Rounding `offset` moves exponents by up to 0.75 factors, 6 codes each, beyond code 126 where that is half a
-      // code.
-      const float excess = fmaxf(fmaf(factor[r], 6.f, -0.4f), 0.f);
-      line_offset[r] = fmaf(excess, -kCodeUnit, fmaf(offset[r], kLineUnits, kLineShift));
+      line_offset[r] = fmaf(offset[r], kLineUnits, kLineShift);
     }
+  }
+
+  // Exact: differences of integers below 2^23.
+  DEVICE void subtract(float reference, int r) {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i)
+      if (i / 2 % 2 == r) scores[i] = __float_as_uint(__uint_as_float(scores[i]) - reference);
   }
 
   DEVICE float to_exponent(int score, int r) const { return (__int_as_float(score) - kMagic) * factor[r]; }

@@ -8,6 +8,8 @@ from int8_cases import call_of, compare, make_options, make_qkv, make_view, rela
 from int8_workers import call_once
 from sage_kernels.architectures import device_architecture
 from sage_kernels.kernels.int8_triton import KERNELS
+from sage_kernels.reference import quantized_attention
+from steady_calls import LARGEST_GROWTH, growth, time_windows
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = [
@@ -32,6 +34,7 @@ VIEWS = ["transposed", "sliced", "head_dim_strided", "expanded", "BNHD"]
 CALLS = [(*call, torch.bfloat16, "contiguous", *size) for call in GRID for size in ((100, 112), (1000, 1000), (300, 1))]
 CALLS += [(kind, 128, dtype, "contiguous", 500, 500) for kind, dtype in DTYPES]
 CALLS += [("plain", head_dim, torch.bfloat16, "contiguous", 200, 333) for head_dim in DIMS]
+CALLS += [(kind, 64, torch.bfloat16, "contiguous", 300, 300) for kind in ("causal", "additive")]
 CALLS += [("plain", 64, torch.bfloat16, view, 150, 150) for view in VIEWS[:3]]
 
 
@@ -110,6 +113,25 @@ def test_softmax_scale_is_honoured(check, scale):
     check(*make_qkv(1, 2, 2, 300, 300, 64, torch.bfloat16, CUDA), scale=scale)
 
 
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e5])
+@pytest.mark.parametrize("kind", ["plain", "causal", "bool", "additive"])
+def test_attention_to_one_key_agrees(kernel, within, kind, size):
+    """Scores so large that a product of them is off by whole powers of two."""
+    q, k, v = make_qkv(1, 2, 2, 300, 300, 64, torch.bfloat16, CUDA)
+    q, k = q * size, k * size
+    options = make_options(kind, 1, 2, 300, 300, CUDA)
+    call = call_of(q, k, v, kernel.precision, **options)
+    output, lse = run(kernel, call)
+    expected, expected_lse = quantized_attention(q, k, v, kernel.recipe(call), **options)
+    assert torch.isfinite(output).all()
+    assert torch.equal(lse == -torch.inf, expected_lse == -torch.inf)
+    # Scores of two tiles that are nearly one: either may win the row where scores are rounded.
+    agree = ((output.float() - expected).abs().amax(-1) < 0.1).float().mean().item()
+    within(1 - agree, 0.01)
+    finite = torch.isfinite(expected_lse)
+    within(((lse - expected_lse).abs() / expected_lse.abs())[finite].max().item(), 1e-5)
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_any_strides_give_the_same_result(kernel, check, view):
     q, k, v = make_qkv(2, 4, 4, 150, 150, 64, torch.bfloat16, CUDA)
@@ -159,28 +181,36 @@ def test_compiled_models_give_the_same_result(precision):
     assert relative_l1(output, layer(q, k, v).float()) < 1e-3
 
 
-@pytest.mark.parametrize("precision", ["int8", "int8_fp16"])
-def test_ten_thousand_calls_neither_fail_nor_slow_down_nor_keep_memory(precision):
+@pytest.fixture(params=["int8", "int8_fp16", "int8_triton"])
+def steady_call(request):
+    """attention() of a rung, and the kernel that a GPU without one of its own gets for it."""
     q, k, v = make_qkv(1, 2, 2, 256, 256, 64, torch.bfloat16, CUDA)
+    if request.param == "int8_triton":
+        kernel, call = KERNELS[0], call_of(q, k, v, "int8", return_lse=False)
+        return lambda: kernel.run(kernel.prepare(call))[0]
+    return lambda: sage_kernels.attention(q, k, v, precision=request.param)
 
-    def milliseconds(calls):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            output = sage_kernels.attention(q, k, v, precision=precision)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / calls, output
 
-    _, expected = milliseconds(500)
+def test_ten_thousand_calls_neither_fail_nor_slow_down_nor_keep_memory(steady_call, within):
+    _, expected = time_windows(steady_call, 400)  # warms up
+    torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    first, early = milliseconds(500)
-    milliseconds(9000)
-    last, late = milliseconds(500)
-    assert torch.equal(early, expected)
+    seconds, late = time_windows(steady_call, 10_000)
     assert torch.equal(late, expected)
-    assert torch.cuda.memory_allocated() <= before + early.nbytes + late.nbytes
-    assert last < 1.5 * first
+    assert torch.cuda.memory_allocated() <= before + late.nbytes
+    within(growth(seconds), LARGEST_GROWTH)
+
+
+def test_a_slowdown_of_the_calls_would_be_seen(steady_call):
+    """The check above on calls that search through all that came before them."""
+    seen = []
+
+    def call():
+        seen.append(None)
+        return steady_call(), seen.count(0) + seen.count(1)
+
+    time_windows(steady_call, 400)
+    assert growth(time_windows(call, 10_000)[0]) > LARGEST_GROWTH
 
 
 @pytest.mark.parametrize("precision", ["int8", "int8_fp16"])

@@ -41,14 +41,12 @@ def find_config(architecture: Architecture | None, block_d: int, mask_bytes: int
         return _large_tiles(block_d, mask_bytes)
     if block_d <= 64:
         return AttentionConfig(128, 64, 4, 3)
-    return AttentionConfig(128, 64, 8, 1 if _is_wide(mask_bytes) else 3 if block_d == 128 else 2)
+    stages = 3 - (block_d > 128) - (mask_bytes > 0)  # tiles of a mask are kept in shared memory, like those of K and V
+    return AttentionConfig(128, 64, 8, 1 if mask_bytes > 2 else stages)
 
 
 def _large_tiles(block_d: int, mask_bytes: int) -> AttentionConfig:
-    if block_d <= 128 and not _is_wide(mask_bytes):
+    # The addresses of a mask whose rows are not 16 bytes apart, one for each score, leave registers for half a tile.
+    if block_d <= 128 and not mask_bytes:
         return AttentionConfig(128, 128, 8, 3)
     return AttentionConfig(128, 64, 8, 2)
-
-
-def _is_wide(mask_bytes: int) -> bool:
-    return mask_bytes > 2  # Triton keeps the tiles of such a mask in shared memory, like those of K and V

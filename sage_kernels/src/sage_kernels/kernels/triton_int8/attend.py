@@ -14,28 +14,48 @@ _INF = tl.constexpr(float("inf"))
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG2_E4M3_MAX = tl.constexpr(8.807354922057604)
+# Scores, of magnitudes below 2^22, accumulate on top of these bits of 1.5 * 2^23 and so are floats without conversion.
+_MAGIC_BITS = tl.constexpr(0x4B400000)
+_MAGIC = tl.constexpr(12582912.0)
+_LEAST_FACTOR = tl.constexpr(1e-35)
 
 
 @triton.jit
-def _mask_scores(
-    scores, mask, mask_column_stride, rows, keys, keys_end, EDGE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr
-):
-    """-inf where a query may not attend; scores are in units of log2. mask: one pointer per row."""
-    if MASK != NO_MASK:
-        offsets = keys.to(tl.int64)[None, :] * mask_column_stride
-        if EDGE:
-            bias = tl.load(mask[:, None] + offsets, mask=(keys < keys_end)[None, :], other=0)
-        else:
-            bias = tl.load(mask[:, None] + offsets)
-        if MASK == BOOL_MASK:
-            scores = tl.where(bias != 0, scores, -_INF)
-        else:
-            scores += bias.to(tl.float32) * _LOG2E
+def _load_mask(mask, mask_column_stride, start, lanes, keys_end, EDGE: tl.constexpr):
+    """A tile of the mask; 0 beyond the end. mask: one pointer per row."""
+    offsets = start.to(tl.int64) * mask_column_stride + lanes.to(tl.int64)[None, :] * mask_column_stride
+    if EDGE:
+        return tl.load(mask[:, None] + offsets, mask=(start + lanes < keys_end)[None, :], other=0)
+    return tl.load(mask[:, None] + offsets)
+
+
+@triton.jit
+def _hide(scores, rows, keys, keys_end, EDGE: tl.constexpr, CAUSAL: tl.constexpr):
+    """-inf beyond the last key, and beyond the diagonal where causal."""
     if EDGE:
         scores = tl.where((keys < keys_end)[None, :], scores, -_INF)
         if CAUSAL:
             scores = tl.where(keys[None, :] <= rows[:, None], scores, -_INF)
     return scores
+
+
+@triton.jit
+def _exponentials(scores, factor, row_max, stretch: tl.constexpr, MAY_BE_EMPTY: tl.constexpr):
+    """New row maximum, what was subtracted from the exponents, and weights of a tile of scores on top of _MAGIC.
+
+    The tile's largest is subtracted from a score before the product with the factor is rounded: products beyond 2^24
+    are off by whole powers of two.
+    """
+    largest = tl.max(scores, 1)
+    tile_max = (largest - _MAGIC) * factor
+    new_max = tl.maximum(row_max, tile_max, tl.PropagateNan.ALL)
+    shift = new_max
+    # Not tile_max - shift, in which compilers would fuse the product and not round it as in shift.
+    behind = tl.where(tile_max < row_max, tl.minimum(tile_max - row_max, 0.0), 0.0)
+    if MAY_BE_EMPTY:  # a row may see nothing of this tile, or of any
+        shift = tl.where(new_max == -_INF, 0.0, new_max)
+        largest = tl.where(largest == -_INF, _MAGIC, largest)
+    return new_max, shift, tl.math.exp2((scores - largest[:, None]) * factor[:, None] + (behind + stretch)[:, None])
 
 
 @triton.jit
@@ -61,7 +81,6 @@ def _walk(
     EDGE: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
-    MAY_BE_EMPTY: tl.constexpr,
     FP8: tl.constexpr,
     PARTIAL_SUMS: tl.constexpr,
     ROW_SUM: tl.constexpr,
@@ -75,18 +94,22 @@ def _walk(
         row_offset = start.to(tl.int64) * BLOCK_D
         k = tl.load(key_codes + row_offset + (lanes[None, :] * BLOCK_D + columns[:, None]))
         factor = query_factor * tl.load(key_scales + start // TILE)
-        scores = tl.dot(q, k, out_dtype=tl.int32).to(tl.float32)
-        if EDGE or MASK != NO_MASK:
-            scores = scores * factor[:, None]
-            keys = start + lanes
-            scores = _mask_scores(scores, mask, mask_column_stride, rows, keys, keys_end, EDGE, CAUSAL, MASK)
+        factor = tl.where(factor < _LEAST_FACTOR, _LEAST_FACTOR, factor)  # keeps 0 * -inf away; a NaN passes
+        integers = tl.full([BLOCK_M, BLOCK_N], _MAGIC_BITS, tl.int32)
+        scores = tl.dot(q, k, integers, out_dtype=tl.int32).to(tl.float32, bitcast=True)
+        if MASK == ADDITIVE_MASK:
+            bias = _load_mask(mask, mask_column_stride, start, lanes, keys_end, EDGE).to(tl.float32)
+            scores = (scores - _MAGIC) * factor[:, None] + bias * _LOG2E
+            scores = _hide(scores, rows, start + lanes, keys_end, EDGE, CAUSAL)
             new_max = tl.maximum(row_max, tl.max(scores, 1))
-            shift = tl.where(new_max == -_INF, 0.0, new_max) if MAY_BE_EMPTY else new_max
-            weights = tl.math.exp2(scores - (shift - stretch)[:, None])
+            shift = tl.where(new_max == -_INF, 0.0, new_max)
+            weights = tl.math.exp2((scores - shift[:, None]) + stretch)
         else:
-            new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
-            shift = new_max
-            weights = tl.math.exp2(scores * factor[:, None] - (shift - stretch)[:, None])
+            if MASK == BOOL_MASK:
+                allowed = _load_mask(mask, mask_column_stride, start, lanes, keys_end, EDGE)
+                scores = tl.where(allowed != 0, scores, -_INF)
+            scores = _hide(scores, rows, start + lanes, keys_end, EDGE, CAUSAL)
+            new_max, shift, weights = _exponentials(scores, factor, row_max, stretch, EDGE or MASK == BOOL_MASK)
         rescale = tl.math.exp2(row_max - shift)
         accumulator = accumulator * rescale[:, None]
         if FP8:
@@ -120,8 +143,6 @@ _SIZES = [
     "query_tiles",
     "key_tiles",
     "row_blocks",
-    "mask_batch_stride",
-    "mask_head_stride",
 ]
 
 
@@ -200,16 +221,15 @@ def attend(  # noqa: PLR0915 one program: what is shared by its parts is most of
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], -_INF, tl.float32)
     value_row_stride = key_tiles * TILE
-    may_be_empty: tl.constexpr = MASK != NO_MASK
     accumulator, row_sum, row_max = _walk(
         accumulator, row_sum, row_max, q, query_factor, key_codes, key_scales, value_codes, value_row_stride,
         mask, mask_column_stride, rows, keys_end, 0, full,
-        BLOCK_D, BLOCK_M, BLOCK_N, False, CAUSAL, MASK, may_be_empty, FP8, PARTIAL_SUMS, ROW_SUM,
+        BLOCK_D, BLOCK_M, BLOCK_N, False, CAUSAL, MASK, FP8, PARTIAL_SUMS, ROW_SUM,
     )  # fmt: skip
     accumulator, row_sum, row_max = _walk(
         accumulator, row_sum, row_max, q, query_factor, key_codes, key_scales, value_codes, value_row_stride,
         mask, mask_column_stride, rows, keys_end, full, last,
-        BLOCK_D, BLOCK_M, BLOCK_N, True, CAUSAL, MASK, may_be_empty, FP8, PARTIAL_SUMS, ROW_SUM,
+        BLOCK_D, BLOCK_M, BLOCK_N, True, CAUSAL, MASK, FP8, PARTIAL_SUMS, ROW_SUM,
     )  # fmt: skip
 
     empty = row_sum == 0
