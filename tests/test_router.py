@@ -99,7 +99,6 @@ def test_the_decision_shows_reason_and_prediction(table, monkeypatch):
     monkeypatch.setattr(dispatch, "device_architecture", lambda device: HOPPER)
     kernels = (find_kernel("int8_triton"), sdpa.KERNEL)
     monkeypatch.setattr("sage_kernels.kernels.int8_triton._triton_is_missing", lambda: False)
-    monkeypatch.setattr("sage_kernels.kernels.int8_triton._WITHHELD", None)
     decision = dispatch.decide(call_of(4096), kernels)
     assert (decision.kernel, decision.seconds) == ("int8_triton", pytest.approx(0.6e-3))
     assert decision.sixteen_bit_seconds == pytest.approx(0.8e-3)
@@ -113,7 +112,6 @@ def test_the_decision_shows_reason_and_prediction(table, monkeypatch):
 def test_a_precision_that_was_asked_for_is_not_second_guessed(table, monkeypatch):
     monkeypatch.setattr(dispatch, "device_architecture", lambda device: HOPPER)
     monkeypatch.setattr("sage_kernels.kernels.int8_triton._triton_is_missing", lambda: False)
-    monkeypatch.setattr("sage_kernels.kernels.int8_triton._WITHHELD", None)
     kernels = (find_kernel("int8_triton"), sdpa.KERNEL)
     assert dispatch.decide(call_of(100, precision="int8"), kernels).kernel == "int8_triton"
 

@@ -44,12 +44,6 @@ def compiled_ahead(workers):
     workers.starmap(call_once, [(index, CUDA, *call) for call in CALLS for index in range(len(KERNELS))], chunksize=1)
 
 
-@pytest.fixture(autouse=True)
-def offered(monkeypatch):
-    """These tests are what the kernels are withheld for."""
-    monkeypatch.setattr("sage_kernels.kernels.int8_triton._WITHHELD", None)
-
-
 @pytest.fixture(params=KERNELS, ids=lambda kernel: kernel.precision)
 def kernel(request):
     reason = request.param.refuse(

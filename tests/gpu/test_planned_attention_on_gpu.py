@@ -30,7 +30,6 @@ def without_plans(monkeypatch):
     """Each test begins as a new process."""
     monkeypatch.setattr(planned_attention, "_PLANNED", FormCache(64))
     monkeypatch.setattr(planned_attention, "_DECISIONS", FormCache(64))
-    monkeypatch.setattr("sage_kernels.kernels.int8_triton._WITHHELD", None)
 
 
 @pytest.fixture(params=NAMES)

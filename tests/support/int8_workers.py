@@ -7,7 +7,7 @@ import torch
 
 import sage_kernels
 from int8_cases import call_of, make_options, make_qkv, make_view, random_case, relative_l1, run
-from sage_kernels.kernels import find_kernel, int8_triton
+from sage_kernels.kernels import find_kernel
 from sage_kernels.kernels.int8_triton import KERNELS
 from sage_kernels.reference import attention_fp32, quantized_attention
 
@@ -29,7 +29,6 @@ def run_random_case(number, device):
     """What happened: (description, None or what is wrong, error, bound)."""
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = False
-    int8_triton._WITHHELD = None  # in this process, which exists for these cases
     precision, (q, k, v), options, description = random_case(number, device)
     arguments = {**options, "precision": precision, "enable_gqa": True}
     decision = sage_kernels.explain(q, k, v, return_lse=True, **arguments)

@@ -29,11 +29,13 @@ class FormCache(Generic[_Value]):
 
     def get(self, form: Hashable) -> _Value | None:
         """What was put in for a form, or None."""
-        with self._lock:
-            value = self._entries.get(form)
-            if value is not None:
-                self._entries.move_to_end(form)
-            return value
+        value = self._entries.get(form)
+        # As long as nothing is about to be dropped it doesn't matter which came last; each call pays for it.
+        if value is not None and 2 * len(self._entries) > self._capacity:
+            with self._lock:
+                if form in self._entries:
+                    self._entries.move_to_end(form)
+        return value
 
     def put(self, form: Hashable, value: _Value) -> None:
         """Keep `value` for a form."""
