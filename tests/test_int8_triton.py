@@ -38,3 +38,17 @@ def test_values_with_odd_rows_are_copied(head_dim):
     assert torch.equal(copy, value)
     even = torch.randn(1, 2, 6, 100)[..., :head_dim]
     assert int8_triton._with_even_rows(even) is even
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_masks_with_unaligned_rows_are_copied(dtype):
+    """Once, whatever they are expanded to; masks that can be loaded in whole words are taken as they are."""
+    base = torch.randn(2, 1, 5, 90).to(dtype)
+    for mask in (base.expand(2, 3, 5, 90)[..., 1:38], base[0, 0, :, 1:38], base.transpose(2, 3)):
+        ready, strides = int8_triton._broadcast_mask(mask)
+        assert torch.equal(*torch.broadcast_tensors(ready.view(dtype), mask))
+        assert not any(stride * ready.element_size() % 16 for stride in strides[:3])
+        assert strides[1] == 0
+        assert strides[3] == 1
+    for mask in (base[..., :64].clone().expand(2, 3, 5, 64), base[:, :, :1], base[..., :1].expand(2, 3, 5, 90)):
+        assert int8_triton._broadcast_mask(mask)[0].data_ptr() == mask.data_ptr()

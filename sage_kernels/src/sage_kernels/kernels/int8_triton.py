@@ -21,6 +21,7 @@ from sage_kernels.precision import Precision
 from sage_kernels.recipes import RECIPES, Recipe
 
 _VALUE_ROW = 16  # elements; rows that are copied are a multiple apart
+_LOAD_BYTES = 16
 _NO_TRITON = "Triton is not installed; `pip install triton` (Linux) or `pip install triton-windows` (Windows)"
 
 
@@ -265,8 +266,25 @@ def _broadcast_mask(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]
     """The mask as bytes or floats, and its four strides, 0 along an axis that it broadcasts over."""
     if mask is None:
         return None, (0, 0, 0, 0)
-    strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
-    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask, (0,) * (4 - mask.dim()) + strides
+    mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    mask = _with_aligned_rows(mask[(None,) * (4 - mask.dim())])
+    return mask, tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+
+
+def _with_aligned_rows(mask: Tensor) -> Tensor:
+    """A copy of the mask [B | 1, H | 1, Nq | 1, Nk | 1] where its rows can't be loaded 16 bytes at a time.
+
+    The address of every score by itself would take more registers than there are.
+    """
+    *_, rows, keys = mask.shape
+    if rows == 1 or keys == 1 or mask.stride(2) == 0 or mask.stride(3) == 0:
+        return mask
+    *outer, column = mask.stride()
+    steps = [stride * mask.element_size() for stride, size in zip(outer, mask.shape, strict=False) if size > 1]
+    if column == 1 and not any(step % _LOAD_BYTES for step in (*steps, mask.data_ptr())):
+        return mask
+    once = mask[tuple(slice(1 if stride == 0 else None) for stride in outer)]  # not what it is expanded to
+    return torch.nn.functional.pad(once, (0, -keys % _LOAD_BYTES))[..., :keys]
 
 
 def _mask_kind(mask: Tensor | None) -> int:
