@@ -263,14 +263,19 @@ def test_graph_replay_follows_new_data(kernel):
     assert torch.equal(output, expected)
 
 
-def sequential_means(x, rows):
-    """Means of blocks of rows, summed up in the order of the rows, as the kernel does."""
+def means_in_order(x, rows):
+    """Means of blocks of rows, summed up in the kernel's order: every second (fourth up to head_dim 64) row one after
+    the other, then those sums in pairs.
+    """
     blocks = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % rows)).unflatten(2, (-1, rows))
-    total = torch.zeros_like(blocks[:, :, :, 0])
-    for row in range(rows):
-        total = total + blocks[:, :, :, row]
+    sums = blocks.unflatten(3, (-1, 4 if x.shape[3] <= 64 else 2))
+    total = torch.zeros_like(sums[:, :, :, 0])
+    for step in range(sums.shape[3]):
+        total = total + sums[:, :, :, step]
+    while total.shape[3] > 1:
+        total = total[:, :, :, 0::2] + total[:, :, :, 1::2]
     counts = (x.shape[2] - rows * torch.arange(total.shape[2], device=x.device)).clamp(max=rows)
-    return total / counts[:, None]
+    return total[:, :, :, 0] / counts[:, None]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -284,7 +289,7 @@ def test_packed_operands_are_bit_for_bit_those_of_the_formats(kernel, rows, keys
     valid = (torch.arange(keys, device="cuda") < lengths[:, None])[:, None, :, None]
 
     scale = power_of_two_scale(q, QUERY_BLOCK)
-    means = quantize_nvfp4(pad_groups(sequential_means(q, QUERY_BLOCK) * scale[:, :, ::QUERY_BLOCK]))
+    means = quantize_nvfp4(pad_groups(means_in_order(q, QUERY_BLOCK) * scale[:, :, ::QUERY_BLOCK]))
     restored = dequantize_nvfp4(means)[..., :head_dim].repeat_interleave(QUERY_BLOCK, dim=2)[:, :, :rows]
     query = quantize_nvfp4(pad_groups(q * scale - restored))
     images = pack_query_blocks(query)
@@ -298,9 +303,9 @@ def test_packed_operands_are_bit_for_bit_those_of_the_formats(kernel, rows, keys
     key_scale, value_scale = (power_of_two_scale(x * valid) for x in (k, v))
     key = ((k - packed.key_means[:, :, None, :head_dim]) * key_scale).where(valid, 0.0)
     value = ((v - packed.value_means[:, :, None, :head_dim]) * value_scale).where(valid, 0.0)
-    first = quantize_nvfp4(pad_groups(key))
+    first = quantize_nvfp4(pad_groups(key), four_over_six=True)
     second = quantize_nvfp4(pad_groups(key - dequantize_nvfp4(first)[..., :head_dim]))
-    transposed = quantize_nvfp4(pad_groups(value.transpose(-1, -2)))
+    transposed = quantize_nvfp4(pad_groups(value.transpose(-1, -2)), four_over_six=True)
     assert torch.equal(packed.keys_values, pack_key_value_tiles(first, second, transposed))
 
 
