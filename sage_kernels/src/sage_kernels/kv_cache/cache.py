@@ -5,7 +5,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from sage_kernels.kv_cache import reference
+from sage_kernels.kv_cache import cuda_decode, reference
 from sage_kernels.kv_cache.storage import (
     GROUPS,
     HEAD_DIMS,
@@ -73,6 +73,8 @@ class KVCache:
         self.batch, self.kv_heads, self.capacity, self.head_dim = batch, kv_heads, capacity, head_dim
         self.group, self.rolling = group, rolling
         self._rotation = signed_hadamard(head_dim, self.device) if rotate_keys else None
+        self._key_rotation = None if self._rotation is None else self._rotation * KEY_ROTATION
+        self._signs = None if self._rotation is None else self._rotation[:, 0].contiguous()
         sizes = (batch, kv_heads, capacity, head_dim, group, self.device)
         self.key: CachedOperand = empty_operand(*sizes)
         self.value: CachedOperand = empty_operand(*sizes)
@@ -107,22 +109,13 @@ class KVCache:
         self._check_room(tokens, counts)
         if tokens == 0:
             return
-        if self._rotation is not None:
-            k = k @ (self._rotation * KEY_ROTATION).to(k.dtype)
+        append = reference.append
         if self.device.type == "cuda":
             from sage_kernels.kv_cache import launch  # noqa: PLC0415 Triton is slow to load and may be missing
 
-            for operand, x in ((self.key, k), (self.value, v)):
-                launch.append(operand, x, counts, self.lengths, self._written, self.capacity, self.rolling)
-        else:
-            each = self._clamped(counts, tokens)
-            for operand, x in ((self.key, k), (self.value, v)):
-                reference.begin_sequences(operand, x, each, self.lengths)
-                reference.append_tokens(operand, x, each, self._written, self.capacity, self.rolling)
-        self._written += self._clamped(counts, tokens)
-        if not self.rolling:
-            self._written.clamp_(max=self.capacity)
-        torch.clamp(self._written, max=self.capacity, out=self.lengths)
+            append = launch.append
+        state = (counts, self.lengths, self._written, self._key_rotation, self.capacity, self.rolling)
+        append(self.key, self.value, k, v, *state)
 
     def attend(
         self,
@@ -157,17 +150,21 @@ class KVCache:
         if splits is not None and splits < 1:
             raise ValueError(f"splits must be at least 1, got {splits}")
         scale = self.head_dim**-0.5 if scale is None else float(scale)
-        dtype, q = q.dtype, self.rotate_queries(q)
-        if self.device.type == "cuda":
-            from sage_kernels.kv_cache import launch  # noqa: PLC0415 Triton is slow to load and may be missing
-
-            output, lse = launch.attend(
-                q, self.key, self.value, self.lengths, self.capacity, scale, is_causal, splits, dtype=dtype
-            )
-        else:
-            output, lse = reference.attend(q, self.key, self.value, self.lengths, scale=scale, is_causal=is_causal)
-            output = output.to(dtype)
+        output, lse = self._attend(q, scale, is_causal, splits)
         return (output, lse) if return_lse else output
+
+    def _attend(self, q: Tensor, scale: float, is_causal: bool, splits: int | None) -> tuple[Tensor, Tensor]:
+        cached = (self.key, self.value, self.lengths)
+        if self.device.type != "cuda":
+            output, lse = reference.attend(self.rotate_queries(q), *cached, scale=scale, is_causal=is_causal)
+            return output.to(q.dtype), lse
+        if cuda_decode.serves(q.device, self.head_dim, q.shape[1] // self.kv_heads * q.shape[2]):
+            q = q if q.stride(-1) == 1 else q.contiguous()
+            return cuda_decode.attend(q, *cached, self._signs, scale, is_causal, splits)
+        from sage_kernels.kv_cache import launch  # noqa: PLC0415 Triton is slow to load and may be missing
+
+        rotated = self.rotate_queries(q)
+        return launch.attend(rotated, *cached, self.capacity, scale, is_causal, splits, dtype=q.dtype)
 
     def reset(self, sequences: Tensor | None = None) -> None:
         """Empty all sequences, or those that `sequences` (bool [B] on the device) marks.
