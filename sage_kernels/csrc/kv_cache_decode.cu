@@ -5,219 +5,9 @@
 // are permuted as a lane's load of K has them, and tokens in each 8 as its load of V has them.
 //
 // Each warp takes every fourth step of its block's share of the keys and keeps a softmax of its own; the four are put
-// together at the end, and the blocks' shares by a second kernel.
-#include "kv_cache_fragments.cuh"
-#include "kv_cache_params.cuh"
-
-#ifndef HEAD_DIM
-#define HEAD_DIM 128
-#endif
-#ifndef ROW_TILES
-#define ROW_TILES 1
-#endif
-
-#ifndef BLOCKS  // of a multiprocessor, at least
-#define BLOCKS (HEAD_DIM == 64 ? 5 - ROW_TILES : 4 - ROW_TILES)
-#endif
-
-constexpr u32 D = HEAD_DIM;
-constexpr u32 TILES = ROW_TILES;
-constexpr u32 ROWS = 8 * TILES;  // query rows of a block: heads that share a key head, and query tokens
-constexpr u32 WARPS = 4;
-constexpr u32 THREADS = WARPS * WARP;
-constexpr u32 STEP = 32;  // keys of one step of a warp
-constexpr u32 CODE_BYTES = D / 2;
-constexpr u32 KEY_WORDS = D / 32;     // of a lane, of one key: D / 4 channels
-constexpr u32 VALUE_WORDS = D / 64;   // of a lane, of one token: D / 8 channels
-constexpr u32 OUTPUT_TILES = D / 16;  // of 16 channels
-constexpr u32 CHANNELS = D / WARP;    // of a lane where a warp has a whole row
-constexpr u32 SUM_STRIDE = D + 4;     // keeps rows in different banks
-constexpr float OPERAND_UNIT = 128.0f;
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
-constexpr float KEY_ROTATION = 0.125f;  // as in storage.py
-// Weights may grow by 2^8 before the output is rescaled: float16 holds them, and the sums are float32.
-constexpr float HEADROOM = 8.0f;
-constexpr float NO_MAXIMUM = -LARGEST_FLOAT;
-constexpr u32 ONES = 0x3C003C00u;
-
-struct Keys {
-  u32 words[2][2][KEY_WORDS];  // [tile of 16 keys][row lane / 4, row lane / 4 + 8]
-  u32 scales[2][2];
-};
-
-struct Values {
-  u32 words[2][4][VALUE_WORDS];  // [tile of 16 tokens][the lane's four]
-  u32 scales[2][4];
-};
-
-struct Shared {
-  union {
-    u16 query[ROWS][D];  // float16
-    float outputs[WARPS][ROWS][SUM_STRIDE];
-  };
-  float factors[ROWS], lse_shifts[ROWS];
-  float maxima[WARPS][ROWS], sums[WARPS][ROWS];
-};
-
-__device__ __forceinline__ float load_float(const void* pointer, i64 index, int dtype) {
-  if (dtype == 2) return static_cast<const float*>(pointer)[index];
-  u16 bits = static_cast<const u16*>(pointer)[index];
-  return dtype == 1 ? from_bf16(bits) : from_f16(bits);
-}
-
-__device__ __forceinline__ void store_float(void* pointer, i64 index, int dtype, float x) {
-  if (dtype == 2)
-    static_cast<float*>(pointer)[index] = x;
-  else
-    static_cast<u16*>(pointer)[index] = static_cast<u16>(dtype == 1 ? to_bf16x2(x, 0.0f) : to_f16x2(x, 0.0f));
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (u32 lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(ALL_LANES, x, lanes);
-  return x;
-}
-
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (u32 lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, lanes));
-  return x;
-}
-
-// Where a row of the block is in [B, H, Nq]: query token major, head minor.
-struct Row {
-  int token, head;
-  bool exists;
-  __device__ Row(const KvDecodeParams& p, u32 batch, u32 kv_head, u32 index) {
-    u32 group_heads = p.heads / p.kv_heads;
-    token = index / group_heads;
-    head = kv_head % p.kv_heads * group_heads + index % group_heads;
-    exists = token < p.query_length;
-  }
-};
-
-// x times the matrix of signs: flips, then butterflies over the lane's channels and over lanes.
-__device__ __forceinline__ void rotate(float (&x)[CHANNELS], const float* signs, u32 lane) {
-#pragma unroll
-  for (u32 i = 0; i < CHANNELS; ++i) x[i] *= signs[lane * CHANNELS + i] / (D * KEY_ROTATION);
-#pragma unroll
-  for (u32 stride = 1; stride < CHANNELS; stride *= 2)
-#pragma unroll
-    for (u32 i = 0; i < CHANNELS; ++i)
-      if (!(i & stride)) {
-        float a = x[i], b = x[i | stride];
-        x[i] = a + b;
-        x[i | stride] = a - b;
-      }
-#pragma unroll
-  for (u32 lanes = 1; lanes < WARP; lanes *= 2)
-#pragma unroll
-    for (u32 i = 0; i < CHANNELS; ++i) {
-      float other = __shfl_xor_sync(ALL_LANES, x[i], lanes);
-      x[i] = lane & lanes ? other - x[i] : x[i] + other;
-    }
-}
-
-// The block's queries, rotated, each times a power of two that brings it to float16's range; rows that don't exist: 0.
-__device__ void stage_queries(const KvDecodeParams& p, Shared& shared, u32 batch, u32 kv_head, u32 first_row, u32 warp,
-                              u32 lane) {
-  const float* means = p.key_means + static_cast<i64>(kv_head) * D + lane * CHANNELS;
-  for (u32 index = warp; index < ROWS; index += WARPS) {
-    Row row(p, batch, kv_head, first_row + index);
-    i64 start = batch * p.query_strides[0] + row.head * p.query_strides[1] + row.token * p.query_strides[2];
-    float x[CHANNELS];
-#pragma unroll
-    for (u32 i = 0; i < CHANNELS; ++i)
-      x[i] = row.exists ? load_float(p.query, start + lane * CHANNELS + i, p.dtype) : 0.0f;
-    if (p.signs != nullptr) rotate(x, p.signs, lane);
-    float shift = 0.0f, largest = 0.0f;
-#pragma unroll
-    for (u32 i = 0; i < CHANNELS; ++i) {
-      shift += x[i] * means[i];
-      largest = fmaxf(largest, fabsf(x[i]));
-    }
-    shift = warp_sum(shift);
-    largest = warp_max(largest);
-    u32 exponent = min(max(__float_as_uint(largest) >> 23, 1u), 253u);
-    float up = __uint_as_float((254u - exponent) << 23), down = __uint_as_float(exponent << 23);
-#pragma unroll
-    for (u32 i = 0; i < CHANNELS; ++i)
-      shared.query[index][lane * CHANNELS + i] = static_cast<u16>(to_f16x2(x[i] * up, 0.0f));
-    if (lane == 0) {
-      shared.factors[index] = down * (p.softmax_scale * OPERAND_UNIT * LOG2E / p.key_factors[kv_head]);
-      shared.lse_shifts[index] = shift * (p.softmax_scale * LOG2E);
-    }
-  }
-}
-
-// What a lane loads, and where: of keys, a quarter of the channels of rows lane / 4 and lane / 4 + 8; of values, an
-// eighth of the channels of tokens lane % 4 + {0, 4, 8, 12}. Row r of 8 keys is token r / 2 + 4 (r % 2) of them, so
-// that the transposed weights meet those tokens.
-class Loader {
- public:
-  __device__ Loader(const KvDecodeParams& p, u32 kv_head, u32 lane) {
-    u32 row = lane / 4, column = lane % 4, row_token = row / 2 + row % 2 * 4;
-    u64 first = static_cast<u64>(kv_head) * p.padded_capacity;
-    scale_bytes_ = D / p.group;
-    key_codes_ = p.key_codes + (first + row_token) * CODE_BYTES + column * (KEY_WORDS * 4);
-    value_codes_ = p.value_codes + (first + column) * CODE_BYTES + row * (VALUE_WORDS * 4);
-    u32 key_scale = column * (D / 4) / p.group;  // of the lane's first channel
-    if constexpr (D == 128) {
-      // Two bytes, of which a lane's two halves of 16 channels take one each, or both the same.
-      bool two = p.group == 16;
-      u32 byte = two ? 0 : key_scale % 2;
-      low_ = byte ? 0x3232 : 0x1010;
-      high_ = two || byte ? 0x3232 : 0x1010;
-      key_scale -= byte;
-    } else {
-      low_ = high_ = 0x1010;
-    }
-    key_scales_ = p.key_scales + (first + row_token) * scale_bytes_ + key_scale;
-    value_scales_ = p.value_scales + (first + column) * scale_bytes_ + row * (D / 8) / p.group;
-  }
-
-  __device__ __forceinline__ void load(Keys& keys, u32 start) const {
-    const u8* codes = key_codes_ + static_cast<u64>(start) * CODE_BYTES;
-    load_once<KEY_WORDS, 0>(keys.words[0][0], codes);
-    load_once<KEY_WORDS, 8 * CODE_BYTES>(keys.words[0][1], codes);
-    load_once<KEY_WORDS, 16 * CODE_BYTES>(keys.words[1][0], codes);
-    load_once<KEY_WORDS, 24 * CODE_BYTES>(keys.words[1][1], codes);
-    const u8* scales = key_scales_ + static_cast<u64>(start) * scale_bytes_;
-#pragma unroll
-    for (u32 i = 0; i < 4; ++i) {
-      const u8* address = scales + 8 * i * scale_bytes_;
-      keys.scales[i / 2][i % 2] = D == 128 ? load_global_2(address) : load_global_1(address);
-    }
-  }
-
-  __device__ __forceinline__ void load(Values& values, u32 start) const {
-    const u8* codes = value_codes_ + static_cast<u64>(start) * CODE_BYTES;
-    load_tokens<0>(values.words[0], codes);
-    load_tokens<16>(values.words[1], codes);
-    const u8* scales = value_scales_ + static_cast<u64>(start) * scale_bytes_;
-#pragma unroll
-    for (u32 i = 0; i < 8; ++i) values.scales[i / 4][i % 4] = load_global_1(scales + 4 * i * scale_bytes_);
-  }
-
-  // The scales of a lane's first and second half of its channels of a key, each twice.
-  __device__ __forceinline__ void unpack_key_scales(u32 bytes, u32& low, u32& high) const {
-    u32 both = unpack_scales(bytes);
-    low = permute_bytes(both, 0, low_);
-    high = permute_bytes(both, 0, high_);
-  }
-
- private:
-  template <u32 FIRST>
-  __device__ __forceinline__ void load_tokens(u32 (&words)[4][VALUE_WORDS], const u8* codes) const {
-    load_once<VALUE_WORDS, FIRST * CODE_BYTES>(words[0], codes);
-    load_once<VALUE_WORDS, (FIRST + 4) * CODE_BYTES>(words[1], codes);
-    load_once<VALUE_WORDS, (FIRST + 8) * CODE_BYTES>(words[2], codes);
-    load_once<VALUE_WORDS, (FIRST + 12) * CODE_BYTES>(words[3], codes);
-  }
-
-  const u8 *key_codes_, *value_codes_, *key_scales_, *value_scales_;
-  u32 scale_bytes_, low_, high_;
-};
+// together at the end, and the blocks' shares by the block that comes last.
+#include "kv_cache_loads.cuh"
+#include "kv_cache_queries.cuh"
 
 __device__ __forceinline__ void unpack_scaled(u32 codes, u32 scale, u32 (&pairs)[4]) {
   unpack_e2m1(codes, pairs);
@@ -273,6 +63,42 @@ __device__ __forceinline__ void multiply_values(float (&outputs)[TILES][OUTPUT_T
         mma_f16(outputs[rows][4 * word + 2 * half + 1], a[2], a[3], b[2], b[3], p[0], p[1]);
       }
     }
+}
+
+// By one warp: the output of row `place` of [B, H, Nq] from all shares, with the value head's mean and factor put back.
+__device__ void combine_row(const KvDecodeParams& p, i64 place, u32 kv_head, u32 lane) {
+  constexpr u32 LANES = D / 4;  // of a share: four channels each
+  const u32 splits = p.splits;
+  float largest = NO_MAXIMUM, total = 0.0f;
+  for (u32 split = lane; split < splits; split += WARP)
+    largest = fmaxf(largest, __ldcg(&p.partial_lse[static_cast<i64>(split) * p.rows + place]));
+  largest = warp_max(largest);
+  for (u32 split = lane; split < splits; split += WARP)
+    total += exp2_approx(__ldcg(&p.partial_lse[static_cast<i64>(split) * p.rows + place]) - largest);
+  total = warp_sum(total);
+  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 8
+  for (u32 split = lane / LANES; split < splits; split += WARP / LANES) {
+    i64 part = static_cast<i64>(split) * p.rows + place;
+    float weight = exp2_approx(__ldcg(&p.partial_lse[part]) - largest);
+    float4 x = __ldcg(reinterpret_cast<const float4*>(p.partial) + part * LANES + lane % LANES);
+    sum.x += weight * x.x;
+    sum.y += weight * x.y;
+    sum.z += weight * x.z;
+    sum.w += weight * x.w;
+  }
+  float outputs[4] = {sum.x, sum.y, sum.z, sum.w};
+  bool empty = total == 0.0f;
+  float factor = 1.0f / p.value_factors[kv_head] / total;
+#pragma unroll
+  for (u32 i = 0; i < 4; ++i) {
+    if constexpr (LANES < WARP) outputs[i] += __shfl_xor_sync(ALL_LANES, outputs[i], LANES);
+    u32 channel = lane % LANES * 4 + i;
+    float mean = p.value_means[static_cast<i64>(kv_head) * D + channel];
+    float output = empty ? 0.0f : outputs[i] * factor + mean;
+    if (lane < LANES) store_float(p.output, place * D + channel, p.dtype, output);
+  }
+  if (lane == 0) p.lse[place] = empty ? -INFINITE : (largest + log2f(total)) * LN2;
 }
 
 // One share of the keys of one key head, for the rows of one block.
@@ -443,43 +269,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       if (channel == 0) p.partial_lse[place] = lse;
     }
   }
+  if (p.splits == 1 || p.arrivals == nullptr) return;
+
+  // The block that comes last puts all shares together.
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    shared.is_last = atomicAdd(&p.arrivals[rest], 1) == p.splits - 1;
+    if (shared.is_last) p.arrivals[rest] = 0;
+  }
+  __syncthreads();
+  if (!shared.is_last) return;
+  __threadfence();
+  for (u32 index = warp; index < ROWS; index += WARPS) {
+    Row row(p, batch, kv_head, first_row + index);
+    if (row.exists)
+      combine_row(p, (static_cast<i64>(batch) * p.heads + row.head) * p.query_length + row.token, kv_head, lane);
+  }
 }
 
-// The output of one row from all shares, with the value head's mean and factor put back.
 extern "C" __global__ void __launch_bounds__(THREADS) kv_cache_combine(const __grid_constant__ KvDecodeParams p) {
-  constexpr u32 LANES = D / 4;             // of a share: four channels each
-  constexpr u32 SHARES = THREADS / LANES;  // at a time
-  __shared__ float4 parts[SHARES][LANES];
-  u32 lane = threadIdx.x % WARP, row = blockIdx.x;
-  float largest = NO_MAXIMUM, total = 0.0f;
-  for (u32 split = lane; split < static_cast<u32>(p.splits); split += WARP)
-    largest = fmaxf(largest, p.partial_lse[static_cast<i64>(split) * p.rows + row]);
-  largest = warp_max(largest);
-  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
-  for (u32 split = threadIdx.x / LANES; split < static_cast<u32>(p.splits); split += SHARES) {
-    i64 place = static_cast<i64>(split) * p.rows + row;
-    float weight = exp2_approx(p.partial_lse[place] - largest);
-    float4 x = reinterpret_cast<const float4*>(p.partial)[place * LANES + threadIdx.x % LANES];
-    sum.x += weight * x.x;
-    sum.y += weight * x.y;
-    sum.z += weight * x.z;
-    sum.w += weight * x.w;
-  }
-  parts[threadIdx.x / LANES][threadIdx.x % LANES] = sum;
-  for (u32 split = lane; split < static_cast<u32>(p.splits); split += WARP)
-    total += exp2_approx(p.partial_lse[static_cast<i64>(split) * p.rows + row] - largest);
-  total = warp_sum(total);
-  bool empty = total == 0.0f;
-  __syncthreads();
-  u32 kv_head = row / p.query_length / (p.heads / p.kv_heads);
-  if (threadIdx.x < D) {
-    u32 channel = threadIdx.x;
-    float output = 0.0f;
-#pragma unroll
-    for (u32 share = 0; share < SHARES; ++share) output += reinterpret_cast<const float*>(parts[share])[channel];
-    output = output / total / p.value_factors[kv_head] + p.value_means[static_cast<i64>(kv_head) * D + channel];
-    store_float(p.output, static_cast<i64>(row) * D + channel, p.dtype, empty ? 0.0f : output);
-    if (channel == 0) p.lse[row] = empty ? -INFINITE : (largest + log2f(total)) * LN2;
-  }
+  u32 place = blockIdx.x * WARPS + threadIdx.x / WARP;
+  if (place < p.rows) combine_row(p, place, place / p.query_length / (p.heads / p.kv_heads), threadIdx.x % WARP);
 }

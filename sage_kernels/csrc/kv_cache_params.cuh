@@ -16,6 +16,7 @@ struct KvDecodeParams {
   const float* signs;  // [D] of the rotation of queries, or null
   float* partial;      // [splits, B, H, Nq, D] of one split's keys, in units of the value head's factor
   float* partial_lse;  // [splits, B, H, Nq], in log2
+  int* arrivals;       // blocks of each (block of rows, B, Hkv) that are done: 0 before and after
   void* output;        // [B, H, Nq, D] contiguous, in the query's dtype
   float* lse;          // [B, H, Nq], natural logarithm
   i64 query_strides[3];

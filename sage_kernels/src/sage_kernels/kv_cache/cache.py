@@ -28,8 +28,8 @@ class KVCache:
     the better of two scales (four over six). Keys, and queries with them, are rotated by a Hadamard matrix first, so
     that no channel's outliers set its group's scale; scores stay what they are.
 
-    Append and attend launch a fixed number of kernels, don't read anything back and fit into a CUDA graph. Not
-    differentiable.
+    Append and attend launch a fixed number of kernels, don't read anything back and fit into a CUDA graph; calls of one
+    cache must not run at the same time on several streams. Not differentiable.
 
     Attributes:
         lengths: int32 [B] on the device, tokens that attend() sees. Read it; reset() empties.
@@ -55,7 +55,7 @@ class KVCache:
             device: a CUDA device, or another to compute slowly in plain PyTorch.
             group: channels that share a scale: 16 (71.9 % less than 16 bit), 32 (73.4 %) or 64 (74.2 %).
             rolling: when full, new tokens take the place of the oldest, as autoregressive video models want it.
-            rotate_keys: False leaves the rotation out, which saves a small product at each append() and attend().
+            rotate_keys: False leaves the rotation out.
 
         Raises:
             ValueError: a size that isn't offered; the message says what is.
@@ -78,6 +78,7 @@ class KVCache:
         sizes = (batch, kv_heads, capacity, head_dim, group, self.device)
         self.key: CachedOperand = empty_operand(*sizes)
         self.value: CachedOperand = empty_operand(*sizes)
+        self._arrivals = cuda_decode.empty_arrivals(batch, kv_heads, self.device)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self._written = torch.zeros_like(self.lengths)  # tokens ever appended; differs from lengths where rolling
         self._at_most = 0  # the host's bound on the longest sequence: asking the device would wait for it
@@ -129,7 +130,7 @@ class KVCache:
         """softmax(q k^T * scale) v over the tokens of each sequence.
 
         Args:
-            q: [B, H, Nq, D], H a multiple of Hkv; float16, bfloat16 or float32 (rounded to 11 bits); last axis dense.
+            q: [B, H, Nq, D], H a multiple of Hkv; float16, bfloat16 or float32. Rotated, they are rounded to 11 bits.
             scale: softmax scale; 1 / sqrt(D) when None.
             is_causal: the queries are the last Nq tokens: query i doesn't see the Nq - 1 - i tokens at the end.
             return_lse: also return the natural-log LSE, float32 [B, H, Nq].
@@ -160,7 +161,7 @@ class KVCache:
             return output.to(q.dtype), lse
         if cuda_decode.serves(q.device, self.head_dim, q.shape[1] // self.kv_heads * q.shape[2]):
             q = q if q.stride(-1) == 1 else q.contiguous()
-            return cuda_decode.attend(q, *cached, self._signs, scale, is_causal, splits)
+            return cuda_decode.attend(q, *cached, self._signs, self._arrivals, scale, is_causal, splits)
         from sage_kernels.kv_cache import launch  # noqa: PLC0415 Triton is slow to load and may be missing
 
         rotated = self.rotate_queries(q)

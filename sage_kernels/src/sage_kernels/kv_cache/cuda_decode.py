@@ -17,7 +17,7 @@ _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _MOST_ROWS = 64  # that share a key head; beyond, every block of rows would read the cache again
 _LEAST_KEYS = 128  # of a block: one step of each of its warps
 _MAX_SPLITS = 256
-# Blocks of a multiprocessor by head_dim and rows: as __launch_bounds__ has it.
+# Blocks of a multiprocessor by head_dim and rows: as __launch_bounds__ has it, on Blackwell one fewer.
 _RESIDENT = {(64, 8): 4, (64, 16): 3, (128, 8): 3, (128, 16): 2}
 _ENOUGH = 0.9  # of the GPU filled: more splits would only make more to combine
 
@@ -29,7 +29,7 @@ class _Parameters(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in ("query", "lengths")),
         *((name, ctypes.c_uint64) for name in ("key_codes", "key_scales", "key_means", "key_factors")),
         *((name, ctypes.c_uint64) for name in ("value_codes", "value_scales", "value_means", "value_factors")),
-        *((name, ctypes.c_uint64) for name in ("signs", "partial", "partial_lse", "output", "lse")),
+        *((name, ctypes.c_uint64) for name in ("signs", "partial", "partial_lse", "arrivals", "output", "lse")),
         ("query_strides", ctypes.c_int64 * 3),
         *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "query_length", "rows")),
         *((name, ctypes.c_int32) for name in ("padded_capacity", "splits", "group", "is_causal", "dtype")),
@@ -65,6 +65,14 @@ def serves(device: torch.device, head_dim: int, rows: int) -> bool:
     return 1 <= rows <= _MOST_ROWS and _is_loadable(device, head_dim)
 
 
+def empty_arrivals(batch: int, kv_heads: int, device: torch.device) -> Tensor:
+    """What the blocks of a call count themselves in."""
+    return torch.zeros(batch * kv_heads * (_MOST_ROWS // KV_CACHE_ROWS[-1]), dtype=torch.int32, device=device)
+
+
+SEPARATE = False
+
+
 @lru_cache
 def _is_loadable(device: torch.device, head_dim: int) -> bool:
     architecture = device_architecture(device)
@@ -80,6 +88,7 @@ def attend(
     value: CachedOperand,
     lengths: Tensor,
     signs: Tensor | None,
+    arrivals: Tensor,
     scale: float,
     is_causal: bool,
     splits: int | None,
@@ -89,6 +98,7 @@ def attend(
     Args:
         q: not rotated, last axis dense, at least one number.
         signs: float32 [D], by which a rotated cache's queries are rotated.
+        arrivals: from empty_arrivals(); not of a call that another stream runs.
         key, value, lengths, scale, is_causal, splits: as in `launch.attend`.
     """
     group = q.shape[3] // key.scales.shape[3]
@@ -105,7 +115,12 @@ def attend(
         *(q.data_ptr(), lengths.data_ptr()),
         *(key.codes.data_ptr(), key.scales.data_ptr(), key.means.data_ptr(), key.head_scales.data_ptr()),
         *(value.codes.data_ptr(), value.scales.data_ptr(), value.means.data_ptr(), value.head_scales.data_ptr()),
-        *(0 if signs is None else signs.data_ptr(), output.data_ptr(), lse.data_ptr()),
+        *(
+            0 if signs is None else signs.data_ptr(),
+            0 if SEPARATE else arrivals.data_ptr(),
+            output.data_ptr(),
+            lse.data_ptr(),
+        ),
     )
     return output, lse
 
@@ -140,11 +155,11 @@ def _plan(form: DecodeForm) -> tuple[LaunchSequence, int]:
     )
     operands = ("codes", "scales", "means", "factors")
     names = ("query", "lengths", *(f"{x}_{name}" for x in ("key", "value") for name in operands))
-    template = ParameterTemplate(parameters, layout.offsets(), (*names, "signs", "output", "lse"))
+    template = ParameterTemplate(parameters, layout.offsets(), (*names, "signs", "arrivals", "output", "lse"))
     launches = [(load_kernel(kv_cache_variant("kv_cache_decode", head_dim, block_rows), form.device), blocks * splits)]
-    if splits > 1:
+    if splits > 1 and SEPARATE:
         combine = kv_cache_variant("kv_cache_combine", head_dim, block_rows)
-        launches.append((load_kernel(combine, form.device), rows))
+        launches.append((load_kernel(combine, form.device), -(-rows // 4)))
     return LaunchSequence(launches, template), layout.size
 
 
