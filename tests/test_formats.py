@@ -1,5 +1,8 @@
 """The number formats against their specifications and against ml_dtypes' independent rounding."""
 
+import math
+from fractions import Fraction
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -91,6 +94,29 @@ def test_nvfp4_divides_by_the_rounded_scale():
     quantized = formats.quantize_nvfp4(torch.tensor([17.0, 1.4] + [0.0] * 14))
     assert quantized.scales.float().item() == 2.75
     assert formats.dequantize_nvfp4(quantized)[:2].tolist() == [16.5, 1.375]
+
+
+def rounded_to_float32(x: Fraction) -> Fraction:
+    """To nearest, ties to even; of a normal number."""
+    spacing = Fraction(2) ** (math.frexp(x)[1] - 24)
+    return round(x / spacing) * spacing
+
+
+@pytest.mark.parametrize("eighths", range(8, 16))
+def test_two_products_find_the_side_of_a_threshold_that_division_finds(eighths):
+    """The preparation kernel divides by fma(x, 1 / scale, x * rest). Mantissas of E4M3 are eighths."""
+    scale = Fraction(eighths, 8)
+    reciprocal = rounded_to_float32(1 / scale)
+    rest = rounded_to_float32(rounded_to_float32(1 - reciprocal * scale) * reciprocal)
+    for threshold in map(Fraction, (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)):
+        middle = threshold * scale
+        spacing = Fraction(2) ** (math.frexp(middle)[1] - 24)
+        for steps in (*range(-20, 21), -1000, 1000):
+            x = middle + steps * spacing
+            quotient = rounded_to_float32(x * reciprocal + rounded_to_float32(x * rest))
+            assert (quotient > threshold, quotient < threshold) == (x > middle, x < middle)
+            divided = rounded_to_float32(x / scale)
+            assert (divided > threshold, divided < threshold) == (x > middle, x < middle)
 
 
 @pytest.mark.parametrize("tiny", [0.0, 1e-5])

@@ -18,22 +18,30 @@
 // Tells a build with emulated instructions from a release build.
 __device__ __constant__ u32 sage_emulates_fp4 = 1;
 
-// Code of x, and the value it stands for. The sum with a power of two whose last bit is E2M1's there rounds, ties to
-// the even code. NaN becomes the largest value, as the instruction does.
-__device__ __forceinline__ u32 e2m1_emulated(float x, float& value) {
-  x = fmaxf(fminf(x, 6.0f), -6.0f);
-  u32 exponent = max(__float_as_uint(x) & 0x7F800000u, 0x3F800000u);  // E2M1 has a last bit of 0.5 below 2
-  u32 large = exponent + (22u << 23);
-  float sum = fabsf(x) + __uint_as_float(large);
-  value = copysignf(sum - __uint_as_float(large), x);
-  return (__float_as_uint(sum) - large + (exponent >> 22) - 254u) | (__float_as_uint(x) >> 28 & 8u);
+__device__ __forceinline__ float saturated(float x, float factor, float summand) {
+  float y;
+  asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(y) : "f"(x), "f"(factor), "f"(summand));
+  return y;
 }
 
+// Codes of eight numbers, and the values they stand for. Below 2, up to 4 and up to 6 codes are 1/2, 1 and 2 apart:
+// each piece is added to a number whose last bit counts codes, which rounds, ties to the even code. NaN becomes the
+// largest value, as with the instruction. Few of these run on the integer pipe, of which Hopper has half as much.
 __device__ __forceinline__ u32 to_e2m1x8(const float (&x)[8], float (&values)[8]) {
-  u32 word = 0;
+  constexpr float COUNTER = 12582912.0f;  // 1.5 * 2^23
+  constexpr u32 COUNTER_BITS = 0x4B400000u;
+  u32 word = 0, signs = 0;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) word |= e2m1_emulated(x[i], values[i]) << (4 * i);
-  return word;
+  for (int i = 7; i >= 0; --i) {
+    float magnitude = fminf(fabsf(x[i]), 6.0f);
+    float halves = fmaf(saturated(magnitude, 0.5f, 0.0f), 4.0f, COUNTER);
+    float ones = fmaf(saturated(magnitude, 0.5f, -1.0f), 2.0f, halves);
+    float twos = ones + saturated(magnitude, 0.5f, -2.0f);
+    values[i] = copysignf(fmaf(-0.5f, halves, fmaf(2.0f, twos, -ones)) - 0.5f * COUNTER, x[i]);
+    word = word * 16 + __float_as_uint(twos);
+    signs = __funnelshift_l(__float_as_uint(x[i]), signs, 4);
+  }
+  return (word - (COUNTER_BITS + (COUNTER_BITS << 4) + (COUNTER_BITS << 8))) | (signs & 0x88888888u);
 }
 
 __device__ __forceinline__ u32 to_e2m1x8(const float (&x)[8]) {

@@ -275,28 +275,30 @@ __device__ __forceinline__ void quantize_keys(const Parameters& p, const HeadSta
 #pragma unroll
   for (u32 job = 0; job < JOBS; ++job) {
     u32 key = (job * THREADS + threadIdx.x) / PIECES, token = tile * KEY_TILE + key;
-    float x[8];
+    float x[1][8];
 #pragma unroll
     for (u32 i = 0; i < 8; ++i) {
       bool used = int(token) < keys && int(piece * 8 + i) < p.head_dim;
-      x[i] = used ? fmaf(to_float(p, pairs[job][i / 2] >> (16 * (i & 1))), scale, offsets[i]) : 0.0f;
+      x[0][i] = used ? fmaf(to_float(p, pairs[job][i / 2] >> (16 * (i & 1))), scale, offsets[i]) : 0.0f;
     }
     u32 step = piece / 8, within = piece % 8;
     u32 in_half = key % 32, n = key / 32 * 4 + in_half % 8 / 2, g = in_half / 8 * 2 + in_half % 2;
     u32 word = (n * K_STEPS + step) * 2 + within / 4, scale_word = n * K_STEPS + step;
     u32 code_offset = ((word / 4 * WARP + 4 * g + within % 4) * 4 + word % 4) * 4;
     u32 scale_offset = KEY_CODE_BYTES + ((4 * g + scale_word % 4) * (2 * K_STEPS) + scale_word / 4) * 4 + within / 2;
+    float missed[1][8], absmax = 0.0f;
 #pragma unroll
-    for (u32 digit = 0; digit < 2; ++digit) {
-      float absmax = 0.0f, rounded[8];
+    for (u32 i = 0; i < 8; ++i) absmax = max_nan(absmax, fabsf(x[0][i]));
+    u32 codes[1];
+    GroupScale group = quantize_four_over_six<2, 8>(x, max_over_lanes(absmax, 2), codes, missed);
+    *reinterpret_cast<u32*>(image + code_offset) = codes[0];
+    if (within % 2 == 0) image[scale_offset] = u8(group.code);
+    absmax = 0.0f;
 #pragma unroll
-      for (u32 i = 0; i < 8; ++i) absmax = max_nan(absmax, fabsf(x[i]));
-      GroupScale group = group_scale(max_over_lanes(absmax, 2));
-      *reinterpret_cast<u32*>(image + digit * KEY_BYTES + code_offset) = quantize_elements(x, group, rounded);
-      if (within % 2 == 0) image[digit * KEY_BYTES + scale_offset] = u8(group.code);
-#pragma unroll
-      for (u32 i = 0; i < 8; ++i) x[i] = fmaf(-rounded[i], group.value, x[i]);
-    }
+    for (u32 i = 0; i < 8; ++i) absmax = max_nan(absmax, fabsf(missed[0][i]));
+    group = group_scale(max_over_lanes(absmax, 2));
+    *reinterpret_cast<u32*>(image + KEY_BYTES + code_offset) = quantize_elements(missed[0], group);
+    if (within % 2 == 0) image[KEY_BYTES + scale_offset] = u8(group.code);
   }
 }
 
@@ -324,13 +326,14 @@ __device__ __forceinline__ void quantize_values(const Parameters& p, const HeadS
         element = int(token + i) < keys ? fmaf(to_float(p, raw[i] >> (16 * c)), scale, offset) : 0.0f;
         absmax = max_nan(absmax, fabsf(element));
       }
-      GroupScale group = group_scale(absmax);
+      u32 codes[2];
+      float missed[2][8];
+      GroupScale group = quantize_four_over_six<1, 8>(x, absmax, codes, missed);
       u32 n = channel / 8, g = channel % 8 + c, word = 2 * n + group_index / 2;
 #pragma unroll
       for (u32 half = 0; half < 2; ++half) {
         u32 thread = group_index % 2 * 2 + half;
-        *reinterpret_cast<u32*>(image + ((word / 4 * WARP + 4 * g + thread) * 4 + word % 4) * 4) =
-            quantize_elements(x[half], group);
+        *reinterpret_cast<u32*>(image + ((word / 4 * WARP + 4 * g + thread) * 4 + word % 4) * 4) = codes[half];
       }
       image[VALUE_CODE_BYTES + ((4 * g + n % 4) * VALUE_SCALES + n / 4) * 4 + group_index] = u8(group.code);
     }
@@ -406,7 +409,11 @@ __device__ void find_open_tile(const Parameters& p, u32 index) {
   if (threadIdx.x == 0) p.tile_seen[index] = seen;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) nvfp4_prepare_keys_values(const __grid_constant__ Parameters p) {
+// Blocks a multiprocessor, so that some load while others round: as many as fit without spills.
+constexpr u32 RESIDENT_BLOCKS = HEAD_DIM == 96 ? 3 : 4;
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT_BLOCKS)
+    nvfp4_prepare_keys_values(const __grid_constant__ Parameters p) {
   u32 index = blockIdx.x;
   u32 blocks = u32(p.batch) * p.kv_heads * ((p.key_tiles + TILES_PER_BLOCK - 1) / TILES_PER_BLOCK);
   if (index < blocks) return quantize_keys_values(p, index);

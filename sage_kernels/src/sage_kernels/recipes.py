@@ -31,7 +31,8 @@ class Recipe:
             evenly spread groups of 16 keys where they are rounded to E4M3.
         quantized_row_sum: weights are divided by the sum of what they were rounded to, else by the sum before rounding.
         int8_rows: query rows and key rows that share an INT8 scale.
-        four_over_six: which NVFP4 operands take the better of two scales in each group: letters of "qkvp".
+        four_over_six: which NVFP4 operands take the better of two scales in each group: letters of "qkvp"; of K only
+            the first digit.
         two_level: stretch rows of P to the range that E4M3 group scales have (SageAttention3, section 3.2); else P
             keeps a maximum of 1.
         rounded_divisor: divide P by the group scale as rounded to E4M3, which the products use; False is what the
@@ -70,8 +71,9 @@ RECIPES: dict[Precision, Recipe] = {
         key_block=32,
         rescale_threshold=3.0,
         linear_exp_of_8=3,
+        four_over_six="kv",
     ),
-    "fp8_fp4": Recipe(qk="mxfp8", pv="nvfp4", smooth_q_rows=128, smooth_v=True),
+    "fp8_fp4": Recipe(qk="mxfp8", pv="nvfp4", smooth_q_rows=128, smooth_v=True, four_over_six="v"),
     "int8": Recipe(qk="int8", pv="fp8", smooth_v=True, recenter_v=True),
     "int8_fp16": Recipe(qk="int8", pv="fp16"),
 }

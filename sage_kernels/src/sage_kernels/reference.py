@@ -148,6 +148,7 @@ def quantize_operands(
         lse_shift = _grouped_matmul(q, key_mean.transpose(-1, -2)).squeeze(-1)
         k = _subtract_from_tokens(k, key_mean, key_lengths)
     k = _pad_tokens(k)
+    first = _round_trip_qk(k * key_scale, recipe.qk, recipe.int8_rows[1], "k" in recipe.four_over_six)
 
     query_means = smooth_key = None
     if recipe.smooth_q_rows:
@@ -156,7 +157,6 @@ def quantize_operands(
         if recipe.quantized_delta:
             block_scale = query_scale[:, :, :: recipe.smooth_q_rows] if query_scale.dim() else query_scale
             query_means = _round_trip_qk(query_means * block_scale, recipe.qk, 1) / block_scale
-            first = _round_trip_qk(k * key_scale, recipe.qk, recipe.int8_rows[1], "k" in recipe.four_over_six)
             second = _round_trip_qk(k * key_scale - first, recipe.qk, recipe.int8_rows[1])
             smooth_key = (first + second) / key_scale
         q = q - query_means.repeat_interleave(recipe.smooth_q_rows, dim=2)[:, :, : q.shape[2]]
@@ -171,7 +171,7 @@ def quantize_operands(
         value_mean = value_mean - _token_mean(value[:, :, : v.shape[2]], key_lengths)
     return QuantizedOperands(
         _round_trip_qk(q * query_scale, recipe.qk, recipe.int8_rows[0], "q" in recipe.four_over_six) / query_scale,
-        _round_trip_qk(k * key_scale, recipe.qk, recipe.int8_rows[1], "k" in recipe.four_over_six) / key_scale,
+        first / key_scale,
         value,
         query_means,
         smooth_key,

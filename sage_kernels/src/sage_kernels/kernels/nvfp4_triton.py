@@ -90,6 +90,8 @@ class NVFP4TritonKernel:
         smoothed = recipe.smooth_k and recipe.smooth_v and recipe.smooth_q_rows and recipe.quantized_delta
         if (recipe.qk, recipe.pv) != ("nvfp4", "nvfp4") or not smoothed or recipe.linear_exp_of_8:
             raise ValueError("nvfp4_triton computes NVFP4 with all smoothing, quantized_delta and no linear_exp_of_8")
+        if "p" in recipe.four_over_six:
+            raise ValueError("nvfp4_triton takes one scale for each group of P: four_over_six is for Q, K and V")
         if recipe.key_block not in (64, 128) or QUERY_TILE % recipe.smooth_q_rows:
             raise ValueError(
                 f"nvfp4_triton takes key_block 64 or 128 and smooth_q_rows that divide {QUERY_TILE}, got "
@@ -192,16 +194,16 @@ def quantize(query: Tensor, key: Tensor, value: Tensor, recipe: Recipe) -> Opera
     residual_rows = blocks * query_scale[..., None] - dequantize_nvfp4(means)[:, :, :, None]
 
     keys = _pad_tokens((key - key_mean) * key_scale, recipe.key_block)
-    digit = quantize_nvfp4(keys)
+    digit = quantize_nvfp4(keys, four_over_six="k" in recipe.four_over_six)
     values = _pad_tokens((value - value_mean) * value_scale, recipe.key_block)
     return Operands(
-        quantize_nvfp4(residual_rows.flatten(2, 3)),
+        quantize_nvfp4(residual_rows.flatten(2, 3), four_over_six="q" in recipe.four_over_six),
         means,
         1 / query_scale.squeeze(-1),
         digit,
         quantize_nvfp4(keys - dequantize_nvfp4(digit)),
         1 / key_scale.flatten(1),
-        quantize_nvfp4(values.transpose(-1, -2).contiguous()),
+        quantize_nvfp4(values.transpose(-1, -2).contiguous(), four_over_six="v" in recipe.four_over_six),
         1 / value_scale.flatten(1),
         value_mean.squeeze(2),
         lse_shifts,
