@@ -14,6 +14,7 @@ NATIVE_OPCODES: dict[str, dict[str, tuple[str, ...]]] = {
     "nvfp4_prepare": {},
     "int8_sm90_attention": {"sm_90a": ("IGMMA", "QGMMA")},
     "int8_sm90_prepare": {},
+    "kv_cache": dict.fromkeys(("sm_90a", "sm_120a", "sm_121a"), ("HMMA", "MOVM")),
 }
 EMULATION_MARKER = "sage_emulates_fp4"  # every source that can emulate defines this symbol when it does
 REGISTERS_PER_BLOCK, REGISTERS_PER_THREAD = 65536, 255

@@ -11,7 +11,7 @@ import torch
 import sage_kernels
 from kv_cases import queries, relative_l1, tokens
 from sage_kernels.formats.nvfp4 import quantize_groups
-from sage_kernels.kv_cache import KVCache
+from sage_kernels.kv_cache import KVCache, cuda_decode
 from sage_kernels.reference import attention_fp32
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -185,3 +185,21 @@ def test_four_over_six_takes_the_better_scale_of_each_group():
     assert squared_errors(*four_over_six).sum() < 0.95 * squared_errors(*six).sum()
     values, scales = quantize_groups(torch.tensor([[4.0, 3.0, 2.0] + [0.0] * 13]), four_over_six=True)
     assert (values * scales)[0, :3].tolist() == [4.0, 3.0, 2.0]
+
+
+def test_splits_fill_the_gpu_and_leave_work_to_each_block():
+    slots = 396
+    for blocks in (1, 8, 40, 64, 256, 300, 1000):
+        for capacity in (1, 100, 4096, 32768, 1 << 20):
+            splits = cuda_decode.choose_splits(blocks, capacity, slots)
+            assert 1 <= splits <= 256
+            assert splits == 1 or capacity // splits >= 128
+            rounds = -(-blocks * splits // slots)
+            full = blocks * splits / (rounds * slots)
+            assert full >= 0.9 or splits in (256, capacity // 128) or capacity < 256 or blocks > 200
+    assert cuda_decode.choose_splits(64, 32768, slots) == 6
+
+
+def test_the_cuda_kernel_is_for_gpus_and_few_rows():
+    assert not cuda_decode.serves(torch.device("cpu"), 64, 1)
+    assert not cuda_decode.serves(torch.device("cuda", 0), 64, 65)

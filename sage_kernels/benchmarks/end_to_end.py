@@ -3,6 +3,8 @@
     PYTHONPATH=sage_kernels/src python sage_kernels/benchmarks/end_to_end.py            # 560 clips, on a GPU
     PYTHONPATH=sage_kernels/src python sage_kernels/benchmarks/end_to_end.py --short    # 2 clips of 4 steps, on a CPU
 
+or in two processes side by side, with `--methods A B --out X`, `--methods C D --out Y` and then `--join X Y`.
+
 Every digit in every direction, from seven seeds, is drawn once per method. Scores: the share of clips whose digit a
 classifier trained on real digits reads right, and whose direction is the one asked for; on real clips of digits that
 the classifier never saw the same judge says how good the judge is. PSNR and SSIM are against the 16-bit run of the
@@ -15,12 +17,13 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from result_file import describe
+from result_file import add_commit_option, describe
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -66,7 +69,12 @@ def main() -> None:
         "--methods", nargs="+", help="only these (fp16 always); rows that the result file has of others are kept"
     )
     parser.add_argument("--out", type=Path, help="default: results/end_to_end.json; with --short nothing is written")
+    parser.add_argument("--join", nargs="+", type=Path, metavar="FILE", help="draw nothing, put these files in one")
+    add_commit_option(parser)
     options = parser.parse_args()
+    if options.join:
+        write_json(options.out or RESULTS / "end_to_end.json", join(options.join))
+        return
     device = torch.device(options.device)
     glyphs, labels = load_glyphs(device)
     judge = ClipJudge(glyphs, labels)
@@ -89,7 +97,23 @@ def main() -> None:
         if out is not None:
             note = {"steps": steps, "clips": sum(map(len, clips))}
             kept = [row for row in before if row["method"] not in {x["method"] for x in rows}]
-            write_json(out, {**describe("end_to_end.py", device), **note, "rows": rows + kept})
+            write_json(out, {**describe("end_to_end.py", device, options.commit), **note, "rows": rows + kept})
+
+
+def join(files: Sequence[Path]) -> dict[str, Any]:
+    """One result of several that hold other methods each, drawn side by side to save time.
+
+    Raises:
+        SystemExit: they differ in anything but their rows.
+    """
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    abouts = [{key: value for key, value in result.items() if key != "rows"} for result in results]
+    differing = sorted(key for key in abouts[0] if any(each.get(key) != abouts[0][key] for each in abouts))
+    if differing:
+        raise SystemExit(f"these files are not of one run: they differ in {', '.join(differing)}")
+    rows = {row["method"]: row for result in reversed(results) for row in result["rows"]}
+    order = ["real_clips", *(method.name for method in methods())]
+    return {**abouts[0], "rows": [rows[name] for name in order if name in rows]}
 
 
 def methods() -> list[Method]:

@@ -6,18 +6,20 @@ One query token of each sequence, 32 query heads on 8 key heads of 128. Calls ar
 around several caches, so that none is in the L2 cache from the call before. The floor is the bytes of codes and scales
 over the bandwidth of reading, which is above that of a copy (bytes read and written both counted). torch's kernels
 get the query heads of a key head as rows of one head (the same numbers), or as they are with enable_gqa; the fastest
-counts.
+counts. `ms` is that; `call_ms` is a call from Python, one after the other, the longer of the host's and the GPU's time.
+Appending is timed likewise: one token to each sequence, and all keys at once to an empty cache.
 """
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from result_file import describe
+from result_file import add_commit_option, describe
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -43,7 +45,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=[f"{b}x{n}" for b, n in SHAPES], help="as BATCHxKEYS")
     parser.add_argument("--replays", type=int, default=15, help="of which the median counts")
     parser.add_argument("--out", type=Path, default=RESULTS / "kv_decode.json")
+    add_commit_option(parser)
     options = parser.parse_args()
+    about = describe("kv_decode.py", commit=options.commit)
     if not torch.cuda.is_available():
         parser.error("there is no CUDA GPU here")
     bandwidth = copy_bandwidth()
@@ -55,7 +59,7 @@ def main() -> None:
         batch, keys = map(int, shape.split("x"))
         rows += measure(batch, keys, options.replays, bandwidth)
     bandwidths = {"copy_bytes_per_second": copy, "read_bytes_per_second": bandwidth}
-    write_json(options.out, {**describe("kv_decode.py"), **bandwidths, "rows": rows})
+    write_json(options.out, {**about, **bandwidths, "rows": rows})
 
 
 def copy_bandwidth() -> float:
@@ -83,15 +87,16 @@ def measure(batch: int, keys: int, replays: int, bandwidth: float) -> list[dict[
     def add(method: str, calls: list[Callable[[], Tensor]], moved: int) -> None:
         try:
             error = ((calls[0]().float() - exact).abs().sum() / exact.abs().sum()).item()
-            ms = graph_ms(calls, replays)
+            ms, call_ms = graph_ms(calls, replays), whole_call_ms(calls)
         except (RuntimeError, ValueError) as reason:  # a backend that doesn't take the shape
             print(f"{batch}x{keys}: no {method}: {str(reason).splitlines()[0][:100]}")
             return
         floor = moved / bandwidth * 1000
-        row = {"benchmark": "kv_decode", "shape": f"{batch}x{keys}", "method": method, "ms": ms, "rel_l1": error}
+        row = {"benchmark": "kv_decode", "shape": f"{batch}x{keys}", "method": method, "ms": ms, "rel_l1": error,
+               "call_ms": call_ms}  # fmt: skip
         rows.append({**row, "bytes": moved, "floor_ms": floor, "share_of_floor": floor / ms, "extra_bytes": 0})
-        print(f"{batch:3} x {keys:6} {method:18} {ms * 1000:8.1f} us, {floor / ms:4.0%} of the floor, L1 {error:.4f}",
-              flush=True)  # fmt: skip
+        print(f"{batch:3} x {keys:6} {method:18} {ms * 1000:8.1f} us, {floor / ms:4.0%} of the floor, L1 {error:.4f}, "
+              f"a call from Python {call_ms * 1000:.1f} us", flush=True)  # fmt: skip
 
     for group in (16, 32):
         caches = [filled(k, v, group) for _, k, v in inputs]
@@ -104,6 +109,26 @@ def measure(batch: int, keys: int, replays: int, bandwidth: float) -> list[dict[
     for row in rows:
         row["speedup"] = best["ms"] / row["ms"]
     print(f"          fp4_cache_16 is {rows[0]['speedup']:.2f} x {best['method']}")
+    return rows + appending(batch, keys, inputs[0], replays)
+
+
+def appending(batch: int, keys: int, inputs: Inputs, replays: int) -> list[dict[str, Any]]:
+    """Rows of one shape: a token more to each sequence, and all tokens at once."""
+    _, k, v = inputs
+    cache = KVCache(batch, KV_HEADS, keys, HEAD_DIM, rolling=True)
+    rows = []
+    for method, count in (("append_one", 1), ("append_all", keys)):
+        new = k[:, :, :count], v[:, :, :count]
+
+        def append(new: tuple[Tensor, Tensor] = new, begins: bool = count > 1) -> None:
+            if begins:
+                cache.reset()
+            cache.append(*new)
+
+        ms, call_ms = graph_ms([append], replays), whole_call_ms([append])
+        rows.append({"benchmark": "kv_append", "shape": f"{batch}x{keys}", "method": method, "ms": ms,
+                     "call_ms": call_ms})  # fmt: skip
+        print(f"{batch:3} x {keys:6} {method:18} {ms * 1000:8.1f} us, a call from Python {call_ms * 1000:.1f} us")
     return rows
 
 
@@ -152,6 +177,16 @@ def grouped_sdpa(inputs: Inputs) -> Tensor:
     """torch's own grouped-query attention."""
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return torch.nn.functional.scaled_dot_product_attention(*inputs, enable_gqa=True)
+
+
+def whole_call_ms(calls: list[Callable[[], object]], repeats: int = 50) -> float:
+    """Milliseconds of one of many calls in a row from Python."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for index in range(repeats):
+        calls[index % len(calls)]()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats * 1000
 
 
 def graph_ms(calls: list[Callable[[], object]], replays: int) -> float:

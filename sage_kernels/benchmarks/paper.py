@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from paper_study import drift, render
 from paper_study.tables import Measurer, all_tables
 from paper_study.tensor_sets import TensorSet, demo_set, sentence_set, synthetic_sets
-from result_file import describe
+from result_file import add_commit_option, describe
 
 from sage_kernels.evidence import write_json
 
@@ -32,8 +32,9 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 NUMERICS = {
     "SageAttention3 as published": "sageattention3_plain",
-    "+ 3 of 8 exponentials by a line = ours (fp4)": "fp4",
+    "+ four over six for K, V = ours (fp4)": "fp4",
 }
+KEPT_LAYERS = (1, 2, 3)  # how many of the most sensitive layers stay in 16 bit
 
 
 def main() -> None:
@@ -45,9 +46,13 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=["trained_model", "sentence_model", "synthetic"])
     parser.add_argument("--results", type=Path, default=RESULTS, help="where result files are read and written")
     parser.add_argument("--report", type=Path, default=FOLDER / "report")
+    add_commit_option(parser)
     options = parser.parse_args()
     if not options.render:
+        start = time.perf_counter()
         measure(options)
+        content = about(options, torch.device(options.device)) | {"seconds": time.perf_counter() - start}
+        write_json(options.results / ("paper_short_seconds.json" if options.short else "paper_seconds.json"), content)
     render.write_report(options.results, options.report)
 
 
@@ -57,8 +62,8 @@ def measure(options: argparse.Namespace) -> None:
     for name in options.sets:
         try:
             for tensors in make_sets(name, device, options.short):
-                about = {"name": tensors.name, "what": tensors.what, "rows": tensors.cases[0].q.shape[2]}
-                sets = [about | {"measured": describe("paper.py", device)}]
+                named = {"name": tensors.name, "what": tensors.what, "rows": tensors.cases[0].q.shape[2]}
+                sets = [named | {"measured": about(options, device)}]
                 add(options, device, [tensors.name], {"sets": sets, "rows": measure_set(tensors, options.short)})
             if not options.short:
                 add(options, device, [name], {"drift": measure_drift(name, device)})
@@ -70,7 +75,7 @@ def add(options: argparse.Namespace, device: torch.device, names: list[str], fou
     """Replace what paper.json has of these sets, and write numerics.json from it."""
     path = options.results / "paper.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    content = describe("paper.py" + " --short" * options.short, device)
+    content = about(options, device)
     for part in ("sets", "rows", "drift"):
         key = "name" if part == "sets" else "set"
         kept = [x for x in before.get(part, []) if part not in found or x[key] not in names]
@@ -81,7 +86,12 @@ def add(options: argparse.Namespace, device: torch.device, names: list[str], fou
          "ms": None, "tflops": None, "extra_bytes": None}
         for row in content["rows"] if row["table"] == "ideas" and row["method"] in NUMERICS
     ]  # fmt: skip
-    write_json(options.results / "numerics.json", {**describe("paper.py", device), "rows": numerics})
+    write_json(options.results / "numerics.json", {**about(options, device), "rows": numerics})
+
+
+def about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What a result file says of where its numbers come from."""
+    return describe("paper.py" + " --short" * options.short, device, options.commit)
 
 
 def make_sets(name: str, device: torch.device, short: bool) -> list[TensorSet]:
@@ -120,8 +130,8 @@ def measure_set(tensors: TensorSet, short: bool) -> list[dict[str, Any]]:
 def measure_drift(name: str, device: torch.device) -> list[dict[str, Any]]:
     """Accumulated errors, for the models."""
     if name == "trained_model":
-        return drift.demo_drift(device, (4, 10, 16), 2)
-    return drift.sentence_drift(device, 2) if name == "sentence_model" else []
+        return drift.demo_drift(device, (4, 10, 16), KEPT_LAYERS)
+    return drift.sentence_drift(device, KEPT_LAYERS) if name == "sentence_model" else []
 
 
 if __name__ == "__main__":

@@ -30,11 +30,7 @@ def full_float32_products():
 
 
 def filled(k, v, counts=None, **options):
-    """Two caches with the same tokens: by the kernels, and by the reference on the CPU.
-
-    Not rotated: the rotation is torch's own product, whose last bits differ between devices.
-    """
-    options.setdefault("rotate_keys", False)
+    """Two caches with the same tokens: by the kernels, and by the reference on the CPU."""
     sizes = (k.shape[0], k.shape[1], options.pop("capacity", k.shape[2]), k.shape[3])
     cache, expected = KVCache(*sizes, **options), KVCache(*sizes, device="cpu", **options)
     append_both(cache, expected, k, v, counts)
@@ -59,12 +55,19 @@ def check(within, cache, q, **options):
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "group", "dtype"),
-    [(64, 16, "bf16"), (64, 32, "fp16"), (128, 16, "bf16"), (128, 64, "fp32")],
+    ("head_dim", "group", "dtype", "rotate_keys"),
+    [
+        (64, 16, "bf16", True),
+        (64, 32, "fp16", True),
+        (64, 64, "fp32", False),
+        (128, 16, "bf16", True),
+        (128, 32, "fp16", False),
+        (128, 64, "fp32", True),
+    ],
 )
-def test_codes_and_attention(within, head_dim, group, dtype):
+def test_codes_and_attention(within, head_dim, group, dtype, rotate_keys):
     k, v = tokens(2, 2, 700, head_dim, DTYPES[dtype])
-    cache, expected = filled(k, v, group=group, capacity=1000)
+    cache, expected = filled(k, v, group=group, capacity=1000, rotate_keys=rotate_keys)
     append_both(cache, expected, *tokens(2, 2, 40, head_dim, DTYPES[dtype]), [40, 3])
     append_both(cache, expected, *tokens(2, 2, 1, head_dim, DTYPES[dtype]))
     assert torch.equal(cache.lengths.cpu(), expected.lengths)
@@ -74,7 +77,7 @@ def test_codes_and_attention(within, head_dim, group, dtype):
 
 @pytest.mark.parametrize(
     ("heads", "rows", "is_causal"),
-    [(2, 1, False), (6, 4, True), (10, 1, False), (32, 1, False), (32, 150, True)],
+    [(2, 1, False), (6, 4, True), (10, 1, False), (32, 1, False), (16, 5, True), (32, 150, True)],
 )
 def test_grouped_heads_and_many_rows(within, heads, rows, is_causal):
     k, v = tokens(2, 2, 1100, 128, torch.bfloat16)
@@ -111,7 +114,7 @@ def test_strided_inputs_give_the_same():
     k, v = tokens(2, 3, 400, 64, torch.bfloat16)
     q = queries(2, 6, 2, 64, torch.bfloat16).cuda()
     cache, _ = filled(k, v)
-    strided = KVCache(2, 3, 400, 64, rotate_keys=False)
+    strided = KVCache(2, 3, 400, 64)
     strided.append(*(x.cuda().transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)))
     assert torch.equal(strided.key.codes, cache.key.codes)
     assert torch.equal(strided.value.codes, cache.value.codes)
@@ -121,8 +124,7 @@ def test_strided_inputs_give_the_same():
 
 
 def test_rolling_overwrites_the_oldest(within):
-    options = {"rolling": True, "rotate_keys": False}
-    cache, expected = (KVCache(1, 2, 300, 64, device=device, **options) for device in ("cuda", "cpu"))
+    cache, expected = (KVCache(1, 2, 300, 64, device=device, rolling=True) for device in ("cuda", "cpu"))
     for count in (200, 200, 1, 300):
         append_both(cache, expected, *tokens(1, 2, count, 64, torch.bfloat16))
     within(code_mismatch(cache, expected), CODES_BOUND)

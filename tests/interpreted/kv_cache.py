@@ -21,17 +21,18 @@ def gpu_rounding(monkeypatch):
 
 
 def append_both(cache, expected, k, v, counts=None):
-    """Kernels into one cache, the reference into the other; lengths are the class's own business."""
-    for operand, x in ((cache.key, k), (cache.value, v)):
-        launch.append(operand, x, counts, cache.lengths, cache._written, cache.capacity, cache.rolling)
+    """Kernels into one cache, the reference into the other."""
+    state = (counts, cache.lengths, cache._written, cache._key_rotation, cache.capacity, cache.rolling)
+    launch.append(cache.key, cache.value, k, v, *state)
     expected.append(k, v, counts)
-    cache.lengths.copy_(expected.lengths)
-    cache._written.copy_(expected._written)
+    assert torch.equal(cache.lengths, expected.lengths)
+    assert torch.equal(cache._written, expected._written)
 
 
 def check_attention(cache, q, splits, is_causal=False, scale=None):
     scale = cache.head_dim**-0.5 if scale is None else scale
-    operands = (q, cache.key, cache.value, cache.lengths, cache.capacity, scale, is_causal, splits)
+    rotated = cache.rotate_queries(q)
+    operands = (rotated, cache.key, cache.value, cache.lengths, cache.capacity, scale, is_causal, splits)
     output, lse = launch.attend(*operands, launch.INTERPRETED)
     expected, expected_lse = expected_attention(cache, q, scale, is_causal)
     assert relative_l1(output, expected) < BOUND
@@ -40,9 +41,10 @@ def check_attention(cache, q, splits, is_causal=False, scale=None):
     assert (lse - expected_lse)[visible].abs().max() < LSE_BOUND
 
 
-@pytest.mark.parametrize(("head_dim", "group"), [(64, 16), (128, 32)])
-def test_codes_and_attention_are_the_references(head_dim, group):
-    cache, expected = (KVCache(2, 1, 200, head_dim, device="cpu", rotate_keys=False, group=group) for _ in range(2))
+@pytest.mark.parametrize(("head_dim", "group", "rotate_keys"), [(64, 16, True), (128, 32, False)])
+def test_codes_and_attention_are_the_references(head_dim, group, rotate_keys):
+    options = {"device": "cpu", "rotate_keys": rotate_keys, "group": group}
+    cache, expected = (KVCache(2, 1, 200, head_dim, **options) for _ in range(2))
     append_both(cache, expected, *tokens(2, 1, 140, head_dim))
     append_both(cache, expected, *tokens(2, 1, 5, head_dim), torch.tensor([5, 2], dtype=torch.int32))
     assert code_mismatch(cache, expected) < CODES_BOUND

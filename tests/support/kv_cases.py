@@ -39,9 +39,21 @@ def code_mismatch(cache, expected):
     return max(shares)
 
 
+def as_kernels_hold(query):
+    """Rounded to float16 when its row's maximum is brought to 1..2, float32."""
+    largest = query.abs().amax(-1, keepdim=True)
+    power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
+    return (query / power).half().float() * power
+
+
 def expected_attention(cache, q, scale=None, is_causal=False):
-    """The reference on the very codes that `cache` holds."""
+    """The reference on the very codes that `cache` holds, and on the queries as attend() says that it rounds them.
+
+    What the subtracted mean adds to the scores is one number for each row, taken from queries that are not rounded.
+    """
     scale = cache.head_dim**-0.5 if scale is None else scale
-    return reference.attend(
-        cache.rotate_queries(q).float(), cache.key, cache.value, cache.lengths, scale=scale, is_causal=is_causal
-    )
+    query = cache.rotate_queries(q).float()
+    held = as_kernels_hold(query)
+    output, lse = reference.attend(held, cache.key, cache.value, cache.lengths, scale=scale, is_causal=is_causal)
+    means = cache.key.means.repeat_interleave(q.shape[1] // cache.kv_heads, dim=1)
+    return output, lse + ((query - held) * means[:, :, None]).sum(-1) * scale

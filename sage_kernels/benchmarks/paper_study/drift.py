@@ -17,7 +17,7 @@ from sage_kernels.reference import quantized_attention
 RECIPES_COMPARED: dict[str, Recipe] = {"SageAttention3": SAGE_ATTENTION_3_PUBLISHED, "ours: fp4": RECIPES["fp4"]}
 
 
-def demo_drift(device: torch.device, steps: tuple[int, ...], kept: int) -> list[dict[str, Any]]:
+def demo_drift(device: torch.device, steps: tuple[int, ...], kept: tuple[int, ...]) -> list[dict[str, Any]]:
     """Relative L1 of the hidden state behind every block of the demo model, mean over `steps` of a 16-bit run."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = load_transformer(device=device, dtype=dtype)
@@ -56,7 +56,7 @@ def demo_drift(device: torch.device, steps: tuple[int, ...], kept: int) -> list[
     return _rows("trained_model", steps, len(model.blocks), run, kept)
 
 
-def sentence_drift(device: torch.device, kept: int) -> list[dict[str, Any]]:
+def sentence_drift(device: torch.device, kept: tuple[int, ...]) -> list[dict[str, Any]]:
     """The same for the sentence model; raises ImportError where it isn't installed."""
     model, batch = load_sentence_model(device)
 
@@ -88,8 +88,8 @@ def states_behind(blocks: nn.ModuleList, forward: Any) -> list[Tensor]:
     return states
 
 
-def _rows(name: str, steps: tuple[int, ...], count: int, run: Any, kept: int) -> list[dict[str, Any]]:
-    """For each recipe: errors behind each layer, and again with the `kept` layers of the largest growth in 16 bit."""
+def _rows(name: str, steps: tuple[int, ...], count: int, run: Any, kept: tuple[int, ...]) -> list[dict[str, Any]]:
+    """For each recipe: errors behind each layer, and with so many layers of the largest growth in 16 bit."""
     exact = {step: run(step, None, set()) for step in steps}
 
     def mean_errors(recipe: Recipe, blocks: set[int]) -> list[float]:
@@ -103,8 +103,9 @@ def _rows(name: str, steps: tuple[int, ...], count: int, run: Any, kept: int) ->
     for method, recipe in RECIPES_COMPARED.items():
         direct = mean_errors(recipe, set())
         growth = [error - before for error, before in zip(direct, [0.0, *direct], strict=False)]
-        worst = sorted(range(count), key=lambda layer: growth[layer])[-kept:]
-        for label, blocks in (("all quantised", set()), (f"{kept} most sensitive in 16 bit", set(worst))):
-            values = direct if not blocks else mean_errors(recipe, blocks)
-            rows.append({"set": name, "method": method, "kept": sorted(blocks), "label": label, "rel_l1": values})
+        by_growth = sorted(range(count), key=lambda layer: growth[layer])
+        for number in (0, *kept):
+            blocks = set(by_growth[count - number :])
+            values = mean_errors(recipe, blocks) if blocks else direct
+            rows.append({"set": name, "method": method, "kept": sorted(blocks), "rel_l1": values})
     return rows

@@ -23,7 +23,7 @@ def drift(document: Document, rows: Rows, report: Path) -> None:
     document.text(
         "L1 of the hidden state behind each layer against the 16-bit run on the same input; with all attention "
         "quantised, and with the layers of the largest growth in 16 bit. The paper's model has 30 layers and keeps "
-        "three; ours have five and six and keep two."
+        "three; ours have five and six."
     )
     figures = published.DRIFT
     document.table(
@@ -54,23 +54,28 @@ def drift_sentences(rows: Rows) -> list[str]:
     """What keeping layers gains behind the last one, beside the paper's gain at layer 20."""
     sentences = []
     for method in dict.fromkeys(row["method"] for row in rows):
-        direct, kept = (
-            next(x for x in rows if x["method"] == method and bool(x["kept"]) == want) for want in (False, True)
+        direct, *others = (row for row in rows if row["method"] == method)
+        last = direct["rel_l1"][-1]
+        falls = ", ".join(
+            f"to {row['rel_l1'][-1]:.4f} ({row['rel_l1'][-1] / last:.2f} x) with {len(row['kept'])} kept"
+            for row in others
         )
-        gain = kept["rel_l1"][-1] / direct["rel_l1"][-1]
         sentences.append(
-            f"{method}: behind the last layer {direct['rel_l1'][-1]:.4f} falls to {kept['rel_l1'][-1]:.4f} "
-            f"({gain:.2f} x; the paper's 0.1146 falls to 0.0773 at layer 20, 0.67 x)."
+            f"{method}: behind the last of {len(direct['rel_l1'])} layers {last:.4f} falls {falls}; the paper's 0.1146 "
+            "at layer 20 of 30 falls to 0.0773 (0.67 x) with 3 kept."
         )
     return sentences
 
 
-def trade_off(document: Document, rows: Rows, attention: dict[str, Any] | None, report: Path) -> None:
-    """Speed against accuracy."""
+def trade_off(
+    document: Document, rows: Rows, attention: dict[str, Any] | None, predicted: float | None, report: Path
+) -> None:
+    """Speed against accuracy; `predicted` is the FP4 kernel's TOPS on an RTX 5090 after the cost model."""
     document.heading("Speed against accuracy")
     speeds = largest_speeds(attention)
     lines: list[list[Any]] = []
-    points: dict[str, tuple[float, float]] = {}
+    on_h100: dict[str, tuple[float, float]] = {}
+    on_5090: dict[str, tuple[float, float]] = {}
     for method in dict.fromkeys(x["method"] for x in rows if x["table"] == "trade_off"):
         tops_5090, tops_h100, accuracy = published.TRADE_OFF.get(method, (None, None, None))
         found = next(
@@ -78,42 +83,43 @@ def trade_off(document: Document, rows: Rows, attention: dict[str, Any] | None, 
         )
         cosine = found["cosine"] * 100 if found else None
         ours = speeds.get(MEASURED.get(method, ""))
+        prediction = predicted if method == "ours: fp4" else None
         difference = f"{cosine - accuracy:+.3f}" if cosine is not None and accuracy is not None else None
         cell = f"{cosine:.3f}" if cosine is not None else None
-        lines.append([method, accuracy, cell, difference, tops_5090, tops_h100, ours])
-        speed = ours or tops_h100
-        if speed and found:
-            name = "cuDNN, 16 bit" if ours and MEASURED.get(method) == "sdpa_cudnn" else method
-            points[name + (" (measured)" if ours else " (published)")] = (speed, max(1 - found["cosine"], 1e-7))
-    header = [
-        "",
-        "paper: accuracy %",
-        "ours: cosine %",
-        "difference",
-        "RTX 5090, published TOPS",
-        "H100, published TOPS",
-    ]
-    document.table([*header, "H100, ours, TFLOP/s"], lines)
+        lines.append([method, accuracy, cell, difference, tops_5090, prediction, tops_h100, ours])
+        if not found:
+            continue
+        error = max(1 - found["cosine"], 1e-7)
+        name = "cuDNN, 16 bit" if ours and MEASURED.get(method) == "sdpa_cudnn" else method
+        for points, speed, kind in (
+            (on_h100, ours, "measured"),
+            (on_h100, tops_h100 if ours is None else None, "published"),
+            (on_5090, tops_5090, "published"),
+            (on_5090, prediction, "predicted"),
+        ):
+            if speed:
+                points[f"{name} ({kind})"] = (speed, error)
+    header = ["", "paper: accuracy %", "ours: cosine %", "difference", "RTX 5090, published TOPS",
+              "RTX 5090, predicted TOPS", "H100, published TOPS", "H100, measured here, TFLOP/s"]  # fmt: skip
+    document.table(header, lines)
     if attention is None:
         document.text(
             "No speeds of ours: `results/attention.json` is missing; `python sage_kernels/benchmarks/attention.py` "
-            "on a GPU "
-            "writes it."
+            "on a GPU writes it."
         )
     else:
         document.text(
-            "Ours: the best of the shapes of head_dim 128 without a mask, whole calls with quantisation; "
-            "FlashAttention3's "
-            "line has cuDNN's kernel, which is what torch has in its place. " + source(attention)
+            "Measured here: the best of the shapes of head_dim 128 without a mask, whole calls with quantisation; "
+            "FlashAttention3's line has cuDNN's kernel, which is what torch has in its place. " + source(attention)
         )
     document.text(
-        "FP4 has no speed of ours: no GPU with FP4 tensor cores was at hand. FlashAttention-3's FP8 is taken with one "
-        "scale a head and without its rotation."
+        "FP4 has no measured speed of ours: no GPU with FP4 tensor cores was at hand. Its prediction is arithmetic on "
+        "the kernel's machine code, `results/fp4_sass_budget.txt`, which gives the public kernel its published 1038. "
+        "FlashAttention-3's FP8 is taken with one scale a head and without its rotation."
     )
-    plots.scatter(
-        report / "trade_off.png", points, "Speed on an H100 against error", "TFLOP/s", "1 - cosine, trained model"
-    )
-    document.image("trade_off.png", "Speed against error")
+    for chip, file, points in (("an H100", "trade_off.png", on_h100), ("an RTX 5090", "trade_off_5090.png", on_5090)):
+        plots.scatter(report / file, points, f"Speed on {chip} against error", "TFLOP/s", "1 - cosine, trained model")
+        document.image(file, f"Speed on {chip} against error")
 
 
 def largest_speeds(attention: dict[str, Any] | None) -> dict[str, float]:
@@ -163,25 +169,27 @@ def caches(document: Document, rows: Rows, decode: dict[str, Any] | None, report
         here = {x["method"]: x for x in decode["rows"] if x["shape"] == shape}
         ours = here["fp4_cache_16"]
         best = min((x for name, x in here.items() if name.startswith("sdpa")), key=lambda x: x["ms"])
-        flash = here.get("sdpa_flash")
+        called = min(x["call_ms"] for name, x in here.items() if name.startswith("sdpa"))
         lines.append([shape, ours["ms"] * 1000, f"{ours['share_of_floor']:.0%}", best["ms"] * 1000, best["method"],
-                      flash["ms"] * 1000 if flash else None, f"{best['ms'] / ours['ms']:.2f}"])  # fmt: skip
+                      f"{best['ms'] / ours['ms']:.2f}", ours["call_ms"] * 1000, called * 1000,
+                      here["append_one"]["ms"] * 1000, here["append_all"]["ms"] * 1000])  # fmt: skip
     header = [
         "batch x keys",
         "ours, us",
         "of the floor",
         "best of torch (bf16), us",
         "which",
-        "sdpa_flash, us",
         "speed-up",
+        "ours called from Python, us",
+        "torch called from Python, us",
+        "append one token, us",
+        "append all keys, us",
     ]
     document.table(header, lines)
     document.text(
-        "The paper gives 4 x as the theoretical speed-up of a 4-bit cache; with its scales bytes allow 3.56 x. Ours "
-        "stays far under it: the compiled loop takes some 46 instructions of a warp for a key, of which unpacking "
-        "E2M1 and its scales is the most, and Hopper can issue no more than about as many in the time the bytes take. "
-        "With few keys in all, torch is faster: rotating the query costs about 12 us of launches a call, which "
-        "rotate_keys=False saves."
+        "The paper gives 4 x as the theoretical speed-up of a 4-bit cache; with its scales bytes allow 3.56 x. The "
+        "kernel unpacks codes in the registers of the lane that multiplies them, at some 3 instructions a number and "
+        "lane, so that large caches are read at most of the bandwidth; small ones wait for latencies, not for bytes."
     )
 
 
@@ -215,12 +223,9 @@ def end_to_end(document: Document, result: dict[str, Any] | None) -> None:
     if left:
         document.text(f"Not run yet: {', '.join(left)}; `python sage_kernels/benchmarks/end_to_end.py` runs all.")
     if "fp4" in by_name and "fp16" in by_name:
-        loss = by_name["fp16"]["digit_accuracy_clip"] - by_name["fp4"]["digit_accuracy_clip"]
-        error = (
-            by_name["fp16"]["digit_accuracy_clip"] * (1 - by_name["fp16"]["digit_accuracy_clip"]) / result["clips"]
-        ) ** 0.5
+        share, fp4 = by_name["fp16"]["digit_accuracy_clip"], by_name["fp4"]["digit_accuracy_clip"]
+        error = (share * (1 - share) / result["clips"]) ** 0.5
         document.text(
-            f"FP4 loses {loss:+.1%} of digits against 16 bit; the standard error of such a share over "
-            f"{result['clips']} clips "
-            f"is {error:.1%}."
+            f"FP4 loses {share - fp4:+.1%} of digits against 16 bit; the standard error of such a share over "
+            f"{result['clips']} clips is {error:.1%}."
         )

@@ -37,12 +37,27 @@ THEORETICAL = {
 }
 # 4-bit caches, Qwen2.5: wikitext perplexity, LAMBADA.
 CACHES = {"QServe": (10.90296, 0.631), "Atom": (10.89669, 0.631), "SageAttention3": (9.56827, 0.726)}
-# What needs checkpoints, data or GPUs that a clean clone has not: the table, and why it isn't here.
-NOT_REPRODUCED = {
-    "INT8 and BF16 fine-tuning followed by FP4 inference (GSM8K, MMLU of Qwen2.5)": "needs Qwen2.5's weights and data",
-    "wikitext perplexity and LAMBADA of Qwen2.5 and Llama 3.2": "needs their weights; the sentence model stands in",
-    "CLIPSIM, VQA, FScore of CogVideoX, Hunyuan and Mochi": "needs their weights; end to end uses the demo model",
-    "prefill latency and speed on the RTX 5090": "no RTX 5090 was at hand; nothing measured elsewhere is shown for it",
-    "training latency of Llama 3.1 and Qwen 3": "needs their weights; attention's own times are in results/",
-    "gradient accuracy of SageBwd by matmul and format": "belongs to trainable_attention's own tests and benchmarks",
-}
+# Every table of the authors' answers, by the reviewer whom it answers: what it shows, and where it is here or why not.
+REVIEW_TABLES = (
+    ("wcep 1, 2; VcmM 1, 2", "BF16 or INT8 fine-tuning, then FP4 inference: GSM8K, MMLU of Qwen2.5",
+     "not with Qwen2.5, which needs its weights and data; `TRAINING.md` does it with a small language model"),
+    ("wcep 3; Czmu 1", "QServe, Atom, SageAttention3: wikitext perplexity, LAMBADA, prefill latency, decoding",
+     "4-bit caches of keys and values: accuracy on the tensors here, decoding measured on an H100; perplexities and "
+     "prefill on an RTX 5090 need Qwen2.5's weights and that GPU"),
+    ("wcep 4; Czmu 2", "QServe, Atom, SageAttention3 on CogVideoX: CLIPSIM, VQA, FScore, latency",
+     "not with CogVideoX, which needs its weights; end to end scores the demo model's videos instead"),
+    ("wcep 5, 6", "INT8 and FP8 SageBwd: L1 and cosine of dQ, dK, dV", "`TRAINING.md`"),
+    ("wcep 7, 8", "INT8 or FP8 fine-tuning, then FP4 inference: GSM8K, MMLU of Qwen2.5", "as wcep 1, 2"),
+    ("Czmu 3", "theoretical TOPS by chip", "theoretical TOPS by chip"),
+    ("Czmu 4", "accuracy by the precision of Q, K, P, V", "precision of Q K and of P V"),
+    ("Czmu 5", "speed and accuracy of all methods", "speed against accuracy"),
+    ("DSm8 1", "BF16 and SageAttention3 on Llama 3.2: perplexity, LAMBADA, prefill latency",
+     "needs Llama's weights; the causal kernel's accuracy is in tests/gpu/evidence"),
+    ("DSm8 2", "gradients by which matmul stays in 16 bit", "`TRAINING.md`"),
+    ("DSm8 3", "accumulated error by layer, with sensitive layers in FP16", "accumulated error by layer"),
+    ("DSm8 4", "accuracy by smoothing", "smoothing, everything in FP4"),
+    ("VcmM 3", "training latency of Llama 3.1 and Qwen 3 by part",
+     "needs their weights; forward and backward of attention alone are in results/training.json"),
+    ("VcmM Q1", "memory for long sequences (in words)", "memory for long sequences"),
+    ("Czmu Q1", "why P is stretched to 448 x 6 (in words)", "two-level against direct quantisation of P"),
+)  # fmt: skip

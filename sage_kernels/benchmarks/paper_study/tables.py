@@ -90,20 +90,25 @@ def ideas() -> Iterator[Method]:
     yield by_recipe("+ 32 rows, delta_s from FP4 digits", quantized)
     yield by_recipe("+ headroom of 3 powers of two, steps of 32 keys", replace(quantized, key_block=32,
                                                                                  rescale_threshold=3.0))  # fmt: skip
-    yield by_recipe("+ 3 of 8 exponentials by a line = ours (fp4)", OURS)
+    yield by_recipe("+ 3 of 8 exponentials by a line", replace(OURS, four_over_six=""))
+    for operand in "VK":
+        yield by_recipe(f"that + four over six for {operand} alone", replace(OURS, four_over_six=operand.lower()))
+    yield by_recipe("+ four over six for K, V = ours (fp4)", OURS)
     yield by_recipe("ours with the row sum of P before rounding", replace(OURS, quantized_row_sum=False))
-    for operands in ("v", "k", "kv", "qkv", "qkvp"):
-        label = ", ".join(operands.upper())
-        yield by_recipe(f"ours + four over six for {label}", replace(OURS, four_over_six=operands))
+    yield by_recipe("ours + the mean that rounded V lacks", replace(OURS, recenter_v=True))
+    yield by_recipe("ours + four over six for Q", replace(OURS, four_over_six="qkv"))
+    yield by_recipe("ours + four over six for Q, P", replace(OURS, four_over_six="qkvp"))
     yield by_recipe("ours + rotation after smoothing", OURS, methods.rotate)
-    yield by_recipe("ours + four over six for K, V + rotation", replace(OURS, four_over_six="kv"), methods.rotate)
+    yield by_recipe("ours + four over six for Q + rotation", replace(OURS, four_over_six="qkv"), methods.rotate)
     yield by_recipe("ours with 16 rows per Q mean", replace(OURS, smooth_q_rows=16))
     yield by_recipe("ours with 64 rows per Q mean", replace(OURS, smooth_q_rows=64))
     for rank in (4, 16):
         yield Method(f"rank {rank} of the means of 128 rows, exact delta_s", methods.low_rank_means(rank))
     yield by_recipe("fp8_fp4 (Q, K in MXFP8)", RECIPES["fp8_fp4"])
     yield by_recipe("fp8_fp4 without smooth Q", replace(RECIPES["fp8_fp4"], smooth_q_rows=0))
-    yield by_recipe("fp8_fp4 + four over six for V", replace(RECIPES["fp8_fp4"], four_over_six="v"))
+    yield by_recipe("fp8_fp4 without four over six for V", replace(RECIPES["fp8_fp4"], four_over_six=""))
+    yield by_recipe("fp8_fp4 with 32 rows per Q mean", replace(RECIPES["fp8_fp4"], smooth_q_rows=32))
+    yield by_recipe("fp8_fp4 + rotation after smoothing", RECIPES["fp8_fp4"], methods.rotate)
     yield by_recipe("Q, K in FP4 as ours, P, V in FP8", replace(OURS, pv="fp8", linear_exp_of_8=0))
 
 

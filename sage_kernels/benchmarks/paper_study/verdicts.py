@@ -34,33 +34,37 @@ VERDICTS = {
         "saves the rescaling of O in most steps: 64 FMUL",
         "adopted: free accuracy-wise",
     ),
-    "+ 3 of 8 exponentials by a line = ours (fp4)": (
+    "+ 3 of 8 exponentials by a line": (
         "24 MUFU fewer of 64 a tile; as many integer instructions more",
         "adopted: P keeps three significant bits, the line is within its rounding",
+    ),
+    "that + four over six for V alone": ("none in the loop; a second rounding of V in preparation", "see K, V"),
+    "that + four over six for K alone": ("none in the loop; a second rounding of K in preparation", "see K, V"),
+    "+ four over six for K, V = ours (fp4)": (
+        "none in the loop, no bytes; about 40 instructions more for 16 numbers in preparation",
+        "adopted in the format, the reference, the FP4 kernel's preparation and the FP4 cache",
     ),
     "ours with the row sum of P before rounding": (
         "64 FADD a tile in place of 2 MMAs",
         "not adopted: a few percent of accuracy for 11 % of the instructions",
     ),
-    "ours + four over six for V": ("none in the loop; a second rounding of V in preparation", "see K, V"),
-    "ours + four over six for K": ("none in the loop; a second rounding of K in preparation", "see K, V"),
-    "ours + four over six for K, V": (
-        "none in the loop, no bytes; about 40 instructions more for 16 numbers in preparation",
-        "adopted in the format, the reference and the FP4 cache; offered to the FP4 kernel's preparation",
+    "ours + the mean that rounded V lacks": (
+        "none in the loop; a sum of V less rounded V for each channel in preparation",
+        "open: INT8 does so; a few percent where V has means",
     ),
-    "ours + four over six for Q, K, V": (
-        "as K, V, and as much again for Q's preparation",
+    "ours + four over six for Q": (
+        "none in the loop; about 40 instructions more for 16 numbers of Q's preparation",
         "open: Q's preparation would take it too; measured in the reference only",
     ),
-    "ours + four over six for Q, K, V, P": (
+    "ours + four over six for Q, P": (
         "P is rounded twice and compared in the loop: about 200 of 560 instructions more",
         "rejected: the gain is far below its cost",
     ),
     "ours + rotation after smoothing": (
         "none in the loop; 7 butterfly stages for each row of Q and K in preparation",
-        "not in the FP4 kernel yet: much on the trained model, nothing on the synthetic sets; adopted in the FP4 cache",
+        "not in the FP4 kernel: much on the trained model, nothing on the synthetic sets; adopted in the FP4 cache",
     ),
-    "ours + four over six for K, V + rotation": ("both", "the next step for the FP4 kernel's preparation"),
+    "ours + four over six for Q + rotation": ("both", "the next step for the FP4 kernel's preparation"),
     "ours with 16 rows per Q mean": (
         "8 means for 128 rows instead of 4: the same m16 MMA tile, twice the mean's preparation",
         "open: gains where neighbours are alike; the kernel's tile has room for it",
@@ -76,7 +80,15 @@ VERDICTS = {
         "adopted as a rung of its own",
     ),
     "fp8_fp4 without smooth Q": ("no delta_s at all", "rejected: smoothing still helps MXFP8"),
-    "fp8_fp4 + four over six for V": ("none in the loop", "as for fp4"),
+    "fp8_fp4 without four over six for V": ("the same in the loop", "rejected: four over six is free there"),
+    "fp8_fp4 with 32 rows per Q mean": (
+        "4 means for 128 rows instead of 1: the same m16 MMA tile of delta_s",
+        "open: as in FP4, much where neighbours are alike",
+    ),
+    "fp8_fp4 + rotation after smoothing": (
+        "none in the loop; 7 butterfly stages for each row of Q and K in preparation",
+        "open, as for fp4",
+    ),
     "Q, K in FP4 as ours, P, V in FP8": (
         "P V at half the FP4 rate: 1.5 x the MMA time; V at 8 bits",
         "rejected: with sharp attention Q K is what errs, and fp8_fp4 costs the same",

@@ -179,6 +179,44 @@ def _int8_sm90() -> tuple[KernelVariant, ...]:
     return (*(int8_sm90_attention_variant(form) for form in FORMS), *preparations)
 
 
-_FAMILIES: tuple[Callable[[], tuple[KernelVariant, ...]], ...] = (_nvfp4_attention, _nvfp4_prepare, _int8_sm90)
+KV_CACHE_HEAD_DIMS = (64, 128)
+KV_CACHE_ROWS = (8, 16)
+
+
+@lru_cache
+def kv_cache_variant(entry: str, head_dim: int, rows: int) -> KernelVariant:
+    """Decoding from the FP4 cache: `entry` is kv_cache_decode or kv_cache_combine; rows of queries of a block."""
+    return KernelVariant(
+        family="kv_cache",
+        source="kv_cache_decode.cu",
+        entry=entry,
+        defines=(("HEAD_DIM", head_dim), ("ROW_TILES", rows // 8)),
+        head_dim=head_dim,
+        causal=False,
+        mask="none",
+        dtype="any",
+        threads=128,
+        shared_bytes=0,
+        archs=("sm_90a", *_BLACKWELL),
+        form=f"rows{rows}",
+    )
+
+
+def _kv_cache() -> tuple[KernelVariant, ...]:
+    entries = ("kv_cache_decode", "kv_cache_combine")
+    return tuple(
+        kv_cache_variant(entry, head_dim, rows)
+        for head_dim in KV_CACHE_HEAD_DIMS
+        for rows in KV_CACHE_ROWS
+        for entry in entries
+    )
+
+
+_FAMILIES: tuple[Callable[[], tuple[KernelVariant, ...]], ...] = (
+    _nvfp4_attention,
+    _nvfp4_prepare,
+    _int8_sm90,
+    _kv_cache,
+)
 
 VARIANTS: tuple[KernelVariant, ...] = tuple(variant for family in _FAMILIES for variant in family())

@@ -5,7 +5,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from sage_kernels.kv_cache import reference
+from sage_kernels.kv_cache import cuda_decode, reference
 from sage_kernels.kv_cache.storage import (
     GROUPS,
     HEAD_DIMS,
@@ -28,8 +28,8 @@ class KVCache:
     the better of two scales (four over six). Keys, and queries with them, are rotated by a Hadamard matrix first, so
     that no channel's outliers set its group's scale; scores stay what they are.
 
-    Append and attend launch a fixed number of kernels, don't read anything back and fit into a CUDA graph. Not
-    differentiable.
+    Append and attend launch a fixed number of kernels, don't read anything back and fit into a CUDA graph; calls of one
+    cache must not run at the same time on several streams. Not differentiable.
 
     Attributes:
         lengths: int32 [B] on the device, tokens that attend() sees. Read it; reset() empties.
@@ -55,7 +55,7 @@ class KVCache:
             device: a CUDA device, or another to compute slowly in plain PyTorch.
             group: channels that share a scale: 16 (71.9 % less than 16 bit), 32 (73.4 %) or 64 (74.2 %).
             rolling: when full, new tokens take the place of the oldest, as autoregressive video models want it.
-            rotate_keys: False leaves the rotation out, which saves a small product at each append() and attend().
+            rotate_keys: False leaves the rotation out.
 
         Raises:
             ValueError: a size that isn't offered; the message says what is.
@@ -73,9 +73,12 @@ class KVCache:
         self.batch, self.kv_heads, self.capacity, self.head_dim = batch, kv_heads, capacity, head_dim
         self.group, self.rolling = group, rolling
         self._rotation = signed_hadamard(head_dim, self.device) if rotate_keys else None
+        self._key_rotation = None if self._rotation is None else self._rotation * KEY_ROTATION
+        self._signs = None if self._rotation is None else self._rotation[:, 0].contiguous()
         sizes = (batch, kv_heads, capacity, head_dim, group, self.device)
         self.key: CachedOperand = empty_operand(*sizes)
         self.value: CachedOperand = empty_operand(*sizes)
+        self._arrivals = cuda_decode.empty_arrivals(batch, kv_heads, self.device)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self._written = torch.zeros_like(self.lengths)  # tokens ever appended; differs from lengths where rolling
         self._at_most = 0  # the host's bound on the longest sequence: asking the device would wait for it
@@ -107,22 +110,13 @@ class KVCache:
         self._check_room(tokens, counts)
         if tokens == 0:
             return
-        if self._rotation is not None:
-            k = k @ (self._rotation * KEY_ROTATION).to(k.dtype)
+        append = reference.append
         if self.device.type == "cuda":
             from sage_kernels.kv_cache import launch  # noqa: PLC0415 Triton is slow to load and may be missing
 
-            for operand, x in ((self.key, k), (self.value, v)):
-                launch.append(operand, x, counts, self.lengths, self._written, self.capacity, self.rolling)
-        else:
-            each = self._clamped(counts, tokens)
-            for operand, x in ((self.key, k), (self.value, v)):
-                reference.begin_sequences(operand, x, each, self.lengths)
-                reference.append_tokens(operand, x, each, self._written, self.capacity, self.rolling)
-        self._written += self._clamped(counts, tokens)
-        if not self.rolling:
-            self._written.clamp_(max=self.capacity)
-        torch.clamp(self._written, max=self.capacity, out=self.lengths)
+            append = launch.append
+        state = (counts, self.lengths, self._written, self._key_rotation, self.capacity, self.rolling)
+        append(self.key, self.value, k, v, *state)
 
     def attend(
         self,
@@ -136,7 +130,7 @@ class KVCache:
         """softmax(q k^T * scale) v over the tokens of each sequence.
 
         Args:
-            q: [B, H, Nq, D], H a multiple of Hkv; float16, bfloat16 or float32 (rounded to 11 bits); last axis dense.
+            q: [B, H, Nq, D], H a multiple of Hkv; float16, bfloat16 or float32. Rotated, they are rounded to 11 bits.
             scale: softmax scale; 1 / sqrt(D) when None.
             is_causal: the queries are the last Nq tokens: query i doesn't see the Nq - 1 - i tokens at the end.
             return_lse: also return the natural-log LSE, float32 [B, H, Nq].
@@ -157,17 +151,21 @@ class KVCache:
         if splits is not None and splits < 1:
             raise ValueError(f"splits must be at least 1, got {splits}")
         scale = self.head_dim**-0.5 if scale is None else float(scale)
-        dtype, q = q.dtype, self.rotate_queries(q)
-        if self.device.type == "cuda":
-            from sage_kernels.kv_cache import launch  # noqa: PLC0415 Triton is slow to load and may be missing
-
-            output, lse = launch.attend(
-                q, self.key, self.value, self.lengths, self.capacity, scale, is_causal, splits, dtype=dtype
-            )
-        else:
-            output, lse = reference.attend(q, self.key, self.value, self.lengths, scale=scale, is_causal=is_causal)
-            output = output.to(dtype)
+        output, lse = self._attend(q, scale, is_causal, splits)
         return (output, lse) if return_lse else output
+
+    def _attend(self, q: Tensor, scale: float, is_causal: bool, splits: int | None) -> tuple[Tensor, Tensor]:
+        cached = (self.key, self.value, self.lengths)
+        if self.device.type != "cuda":
+            output, lse = reference.attend(self.rotate_queries(q), *cached, scale=scale, is_causal=is_causal)
+            return output.to(q.dtype), lse
+        if cuda_decode.serves(q.device, self.head_dim, q.shape[1] // self.kv_heads * q.shape[2]):
+            q = q if q.stride(-1) == 1 else q.contiguous()
+            return cuda_decode.attend(q, *cached, self._signs, self._arrivals, scale, is_causal, splits)
+        from sage_kernels.kv_cache import launch  # noqa: PLC0415 Triton is slow to load and may be missing
+
+        rotated = self.rotate_queries(q)
+        return launch.attend(rotated, *cached, self.capacity, scale, is_causal, splits, dtype=q.dtype)
 
     def reset(self, sequences: Tensor | None = None) -> None:
         """Empty all sequences, or those that `sequences` (bool [B] on the device) marks.

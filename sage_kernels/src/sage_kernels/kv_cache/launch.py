@@ -13,6 +13,8 @@ from sage_kernels.kv_cache import triton_append, triton_decode
 from sage_kernels.kv_cache.storage import MEAN_TOKENS, TOP_EXPONENT, CachedOperand
 
 _APPEND_BLOCK = 16
+_BEGIN_BLOCK = 64
+_ADVANCE_BLOCK = 32
 _MAX_SPLITS = 256
 _COMBINE_STEP = 16
 # Splits fill the GPU with this many programs a processor where each keeps enough keys to be worth its start and its
@@ -37,35 +39,49 @@ INTERPRETED = DecodeConfig(ptx=False)
 
 
 def append(
-    operand: CachedOperand,
-    x: Tensor,
+    key: CachedOperand,
+    value: CachedOperand,
+    k: Tensor,
+    v: Tensor,
     counts: Tensor | None,
     lengths: Tensor,
     written: Tensor,
+    rotation: Tensor | None,
     capacity: int,
     rolling: bool,
 ) -> None:
-    """Two launches; arguments as in `reference`, x [B, Hkv, n, D] of any strides. lengths and written stay."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    batch, heads, tokens, head_dim = x.shape
-    strides = x.stride()[:3]
-    has_counts = counts is not None
-    with _on_device(x.device):
-        triton_append.begin_sequences[(batch * heads,)](
-            *(x, counts if has_counts else lengths, lengths, operand.means, operand.head_scales),
-            *(*strides, heads, tokens, int(has_counts)),
-            HEAD_DIM=head_dim,
+    """Two launches for a few tokens, three for more; arguments as in `reference.append`, k and v of any strides."""
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    batch, heads, tokens, head_dim = k.shape
+    blocks = triton.cdiv(tokens, _APPEND_BLOCK)
+    has_counts = int(counts is not None)
+    lengths_or_counts = lengths if counts is None else counts
+    matrix = key.means if rotation is None else rotation
+    strides = (*k.stride()[:3], *v.stride()[:3])
+    meta = {"HEAD_DIM": head_dim, "LEAST": MEAN_TOKENS, "TOP": TOP_EXPONENT, "ROTATE": rotation is not None}
+    with _on_device(k.device):
+        if blocks > 1:
+            triton_append.begin_sequences[(batch * heads, 2)](
+                *(k, v, lengths_or_counts, lengths, matrix),
+                *(key.means, key.head_scales, value.means, value.head_scales, *strides, heads, tokens, has_counts),
+                BLOCK=_BEGIN_BLOCK,
+                num_warps=8,
+                **meta,
+            )
+        triton_append.append_tokens[(blocks, batch * heads, 2)](
+            *(k, v, lengths_or_counts, lengths, written, matrix),
+            *(key.means, key.head_scales, value.means, value.head_scales),
+            *(key.codes, key.scales, value.codes, value.scales, *strides),
+            *(heads, tokens, capacity, key.codes.shape[2], has_counts, int(rolling)),
+            GROUP=head_dim // key.scales.shape[-1],
             BLOCK=_APPEND_BLOCK,
-            LEAST=MEAN_TOKENS,
-            TOP=TOP_EXPONENT,
+            BEGIN=blocks == 1,
+            **meta,
         )
-        triton_append.append_tokens[(triton.cdiv(tokens, _APPEND_BLOCK), batch * heads)](
-            *(x, counts if has_counts else lengths, written, operand.means, operand.head_scales),
-            *(operand.codes, operand.scales, *strides, heads, tokens, capacity, operand.codes.shape[2]),
-            *(int(has_counts), int(rolling)),
-            HEAD_DIM=head_dim,
-            GROUP=head_dim // operand.scales.shape[-1],
-            BLOCK=_APPEND_BLOCK,
+        triton_append.advance[(triton.cdiv(batch, _ADVANCE_BLOCK),)](
+            *(lengths_or_counts, lengths, written, batch, tokens, capacity, has_counts, int(rolling)),
+            BLOCK=_ADVANCE_BLOCK,
+            num_warps=1,
         )
 
 

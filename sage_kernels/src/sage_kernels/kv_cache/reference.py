@@ -8,16 +8,57 @@ from sage_kernels.formats.nvfp4 import encode_e2m1, pack_e2m1, quantize_groups, 
 from sage_kernels.kv_cache.storage import MEAN_TOKENS, TOP_EXPONENT, CachedOperand
 
 
-def begin_sequences(operand: CachedOperand, x: Tensor, counts: Tensor, lengths: Tensor) -> None:
+def append(
+    key: CachedOperand,
+    value: CachedOperand,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor | None,
+    lengths: Tensor,
+    written: Tensor,
+    rotation: Tensor | None,
+    capacity: int,
+    rolling: bool,
+) -> None:
+    """Quantise new tokens behind those that are there.
+
+    Args:
+        key, value, lengths, written: changed in place; lengths int32 [B] is what attention sees, written int32 [B] what
+            was ever appended, which differs where rolling.
+        k, v: [B, Hkv, n, D].
+        counts: int32 [B]: sequence b takes its first counts[b] tokens (clamped to 0..n); None: all.
+        rotation: float32 [D, D], by which keys are multiplied; None: they are not.
+        capacity: tokens of a sequence at most; others are dropped, or where rolling take the place of the oldest.
+    """
+    tokens = k.shape[2]
+    each = torch.full_like(lengths, tokens) if counts is None else counts.clamp(0, tokens)
+    for operand, x, matrix in ((key, k, rotation), (value, v, None)):
+        begin_sequences(operand, x, matrix, each, lengths)
+        append_tokens(operand, x if matrix is None else x.float() @ matrix, each, written, capacity, rolling)
+    written += each
+    if not rolling:
+        written.clamp_(max=capacity)
+    torch.clamp(written, max=capacity, out=lengths)
+
+
+def begin_sequences(
+    operand: CachedOperand, x: Tensor, rotation: Tensor | None, counts: Tensor, lengths: Tensor
+) -> None:
     """Fix what is subtracted from sequences that hold nothing yet, from their first tokens, and their scale.
+
+    The scale is that of the tokens before they are rotated, which enlarges a number by 2^4 at most.
 
     Args:
         operand: changed in place.
-        x: [B, Hkv, n, D]. counts: int32 [B], how many of the n tokens each sequence has. lengths: int32 [B], before.
+        x: [B, Hkv, n, D], not rotated; rotation as in append().
+        counts: int32 [B], how many of the n tokens each sequence has.
+        lengths: int32 [B], before.
     """
     valid = (torch.arange(x.shape[2], device=x.device) < counts[:, None])[:, None, :, None]
     values = x.float().where(valid, 0.0)
     means = values.sum(dim=2) / counts.clamp_min(1)[:, None, None]
+    if rotation is not None:
+        means = means @ rotation
     means = torch.where((counts >= MEAN_TOKENS)[:, None, None] & means.isfinite(), means, 0.0)
     absmax = values.abs().where(values.isfinite(), 0.0).flatten(2).amax(dim=-1)
     power = (TOP_EXPONENT - torch.frexp(absmax).exponent).clamp(-126, 126)
