@@ -37,7 +37,7 @@ def _emulate(
     query, key, value, delta, output, scale, rows, keys, delta_rows,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MEAN_ROWS: tl.constexpr,
     THRESHOLD: tl.constexpr, LOG2_STRETCH: tl.constexpr, LINEAR: tl.constexpr, ROUNDED_DIVISOR: tl.constexpr,
-    ROUNDED_SUM: tl.constexpr,
+    ROUNDED_SUM: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -49,7 +49,8 @@ def _emulate(
     row_max = tl.full([BLOCK_M], -_INF, tl.float32)
     groups: tl.constexpr = BLOCK_N // 16
     is_line = (tl.arange(0, 16) % 8 >= 8 - LINEAR)[None, None, :]
-    for start in range(0, keys, BLOCK_N):
+    end = tl.minimum(keys, (tl.program_id(0) + 1) * BLOCK_M) if CAUSAL else keys
+    for start in range(0, end, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         exists = column < keys
         offsets = (head * keys + column)[:, None] * HEAD_DIM + columns[None, :]
@@ -58,7 +59,8 @@ def _emulate(
         if MEAN_ROWS > 0:
             pointers = delta + (head * delta_rows + row // MEAN_ROWS)[:, None] * keys + column[None, :]
             scores += tl.load(pointers, mask=inside & exists[None, :], other=0.0)
-        scores = tl.where(exists[None, :], scores * scale, -_INF)
+        visible = exists[None, :] & (column[None, :] <= row[:, None]) if CAUSAL else exists[None, :]
+        scores = tl.where(visible, scores * scale, -_INF)
         tile_max = tl.max(scores, 1)
         row_new = tl.where(tile_max > row_max + THRESHOLD * 0.6931471805599453, tile_max, row_max)
         powers = (scores - row_new[:, None]) * _LOG2E + LOG2_STRETCH
@@ -89,8 +91,8 @@ def _emulate(
     tl.store(pointers, accumulator / row_sum[:, None], mask=inside)
 
 
-def emulate(operands: QuantizedOperands, recipe: Recipe, scale: float, keys: int) -> Tensor:
-    """What `reference.attend` gives without a mask, float32 [B, H, Nq, D]; as many heads of K as of Q.
+def emulate(operands: QuantizedOperands, recipe: Recipe, scale: float, keys: int, *, is_causal: bool = False) -> Tensor:
+    """What `reference.attend` gives without attn_mask, float32 [B, H, Nq, D]; as many heads of K as of Q.
 
     Raises:
         ValueError: a recipe that the kernel doesn't compute.
@@ -115,5 +117,6 @@ def emulate(operands: QuantizedOperands, recipe: Recipe, scale: float, keys: int
         LINEAR=recipe.linear_exp_of_8,
         ROUNDED_DIVISOR=recipe.rounded_divisor,
         ROUNDED_SUM=recipe.quantized_row_sum,
+        CAUSAL=is_causal,
     )
     return output if operands.value_mean is None else output + operands.value_mean

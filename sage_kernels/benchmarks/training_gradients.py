@@ -1,82 +1,107 @@
-"""Accuracy of the gradients of 8-bit attention on the trained demo model's tensors, and which matmul costs how much.
+"""Accuracy of the gradients of 8-bit attention on tensors of trained models, and which matmul costs how much.
 
-    python sage_kernels/benchmarks/training_gradients.py --device cuda      (seconds; on a CPU some ten minutes)
+    export PYTHONPATH=sage_kernels/src
+    python sage_kernels/benchmarks/training_gradients.py --device cuda          (seconds; on a CPU an hour)
+    python sage_kernels/benchmarks/training_gradients.py --short                (two calls of each model, on a CPU)
 
-Q, K, V of every block and the gradient that reaches its output are taken from backward passes of the model's training
-loss on clips that it drew itself, at several noise levels, in bfloat16. Each row is one recipe of the reference, which
-defines what the kernels compute, against exact gradients in float32, over all tensors together.
+Q, K, V of every layer and the gradient that reaches its output are taken, in bfloat16, from backward passes of the
+training loss of two models: the demo's video model on clips that it drew itself, at several noise levels; and the
+language model that fine_tuning.py starts from, on prose it never saw (causal). Each row is one recipe of the reference,
+which defines what the kernels compute, against exact gradients in float32, over all tensors of a model together.
 """
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
-from datetime import date
+from dataclasses import dataclass, replace
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from result_file import ROOT, describe
 from torch import Tensor
+from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).resolve().parent))
+from training_study.attention_methods import training_attention
+from training_study.study import Study
+from training_study.training_run import autocast
 
 from sage_kernels.diffusers import AttentionRouter
 from sage_kernels.evidence import write_json
 from sage_kernels.training.recipe import MATMULS, RECIPES, TrainingRecipe
 from sage_kernels.training.reference import backward, forward
 
-ROOT = Path(__file__).resolve().parents[2]
 NOISE_LEVELS = {0.3: 1, 0.7: 4, 0.95: 7}  # and the digit that is drawn
 NAMES = ("output", "dq", "dk", "dv")
+SEQUENCES = 4  # of the language model
 # What the paper's authors report for all layers of CogVideoX-2B, as L1 and cosine of dQ, dK and dV.
 GOALS = {"dq": (0.0290, 0.9987), "dk": (0.0317, 0.9993), "dv": (0.0423, 0.9995)}
-INT8, FP8 = RECIPES["int8"], RECIPES["fp8"]
-METHODS: dict[str, TrainingRecipe] = {
-    "int8": INT8,
-    "fp8": FP8,
-    "int8, K not smoothed": replace(INT8, smooth_k=False),
-    "fp8, K not smoothed": replace(FP8, smooth_k=False),
+INT8 = RECIPES["int8"]
+
+
+def recipes(number: str) -> dict[str, TrainingRecipe]:
+    """The ablations of one number format by name."""
+    base = RECIPES[number]
+    every = replace(base, exact=frozenset())
+    return {
+        number: base,
+        f"{number}, K not smoothed": replace(base, smooth_k=False),
+        f"{number}, every matmul": every,
+        f"{number}, every matmul, K not smoothed": replace(every, smooth_k=False),
+        **{f"{number}, every matmul but {name}": replace(base, exact=frozenset({name})) for name in MATMULS},
+        **{f"{number}, only {name}": replace(base, exact=frozenset(MATMULS) - {name}) for name in MATMULS},
+    }
+
+
+METHODS = {
+    **recipes("int8"),
+    **recipes("fp8"),
     "int8, rowsum(dS) mean(k) added to dQ": replace(INT8, return_mean=True),
     "int8, tiles of 128 queries": replace(INT8, query_tile=128, backward_queries=128),
-    "int8, every matmul": replace(INT8, exact=frozenset()),
-    **{f"int8, every matmul but {name}": replace(INT8, exact=frozenset({name})) for name in MATMULS if name != "dp"},
-    **{f"int8, only {name}": replace(INT8, exact=frozenset(MATMULS) - {name}) for name in MATMULS},
 }
-Capture = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Capture:
+    """One call of attention in training: bfloat16 [B, H, N, D] each."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    d_output: Tensor
+    is_causal: bool
 
 
 def main() -> None:
-    """Capture, compute, print the table, write the result file."""
+    """Capture, compute, print the table, write the result file after each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training_gradients.json")
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
+    parser.add_argument("--models", nargs="+", choices=["wan_digits", "byte_lm"], default=["wan_digits", "byte_lm"])
+    study, options = Study.from_command_line(parser)
     torch.set_float32_matmul_precision("highest")
-    captures = list(captured_tensors(options.device))
-    print(f"{len(captures)} calls of {tuple(captures[0][0].shape)}")
-    exact = [exact_gradients(*capture) for capture in captures]
-    rows = [row for name, recipe in METHODS.items() for row in measure(name, recipe, captures, exact)]
-    write_json(
-        options.out,
-        {
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "gpu": torch.cuda.get_device_name() if options.device.startswith("cuda") else None,
-            "torch": torch.__version__,
-            "commit": subprocess.run(
-                ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-            ).stdout.strip(),
-            "date": date.today().isoformat(),
-            "command": f"python sage_kernels/benchmarks/training_gradients.py --device {options.device}",
-            "rows": rows,
-        },
-    )
+    out = options.out or (None if study.short else Path(__file__).parent / "results" / "training_gradients.json")
+    before = json.loads(out.read_text(encoding="utf-8"))["rows"] if out is not None and out.exists() else []
+    for name in options.models:
+        found = demo_captures(study.device) if name == "wan_digits" else language_captures(study)
+        captures = list(islice(found, 2) if study.short else found)
+        print(f"{name}: {len(captures)} calls of {tuple(captures[0].query.shape)}")
+        exact = [exact_gradients(capture) for capture in captures]
+        rows = [
+            row
+            for method, recipe in tqdm(METHODS.items(), desc=name, mininterval=2)
+            for row in measure(name, method, recipe, captures, exact)
+        ]
+        before = [row for row in before if row["shape"] != name] + rows
+        if out is not None:
+            write_json(out, {**describe("training_gradients.py", study.device, options.commit), "rows": before})
     print(json.dumps(GOALS), "are the authors' numbers for CogVideoX-2B, as L1 and cosine")
 
 
-def captured_tensors(device: str) -> Iterator[Capture]:
-    """Q, K, V [1, H, N, D] and the gradient of the output of every self-attention, in bfloat16."""
+def demo_captures(device: str) -> Iterator[Capture]:
+    """Every self-attention of the video model."""
     sys.path.insert(0, str(ROOT / "sage_kernels"))
     checkpoint, sampling, conditioning = (
         import_module(f"demo.{name}") for name in ("wan_checkpoint", "sampling", "conditioning")
@@ -104,26 +129,51 @@ def captured_tensors(device: str) -> Iterator[Capture]:
         velocity = model((1 - sigma) * data + sigma * noise, timestep, context, return_dict=False)[0]
         torch.nn.functional.mse_loss(velocity, noise - data).backward()
         router.remove()
-        yield from (tuple(tensors) for tensors in found)  # type: ignore[misc]
+        yield from (Capture(*tensors, is_causal=False) for tensors in found)
 
 
-def exact_gradients(q: Tensor, k: Tensor, v: Tensor, d_output: Tensor) -> tuple[Tensor, ...]:
+def language_captures(study: Study) -> Iterator[Capture]:
+    """Every attention of the language model."""
+    model = study.started_model("bf16")
+    text = study.corpus("prose").held_out
+    exact, found = training_attention("bf16"), list[list[Tensor]]()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        tensors = [x.detach().bfloat16() for x in (q, k, v)]
+        found.append(tensors)
+        output = exact(q, k, v)
+        output.register_hook(lambda gradient: tensors.append(gradient.detach().bfloat16()))
+        return output
+
+    model.attend = attend
+    span = model.config.context
+    rows = torch.stack([text[i * span : (i + 1) * span + 1] for i in range(1 if study.short else SEQUENCES)]).long()
+    with autocast(study.torch_device.type == "cuda"):
+        loss = model.loss(rows)
+    loss.backward()
+    yield from (Capture(*tensors, is_causal=True) for tensors in found)
+
+
+def exact_gradients(capture: Capture) -> tuple[Tensor, ...]:
     """Output, dQ, dK and dV by autograd through attention in float32."""
-    operands = [x.float().requires_grad_() for x in (q, k, v)]
-    scores = operands[0] @ operands[1].mT * q.shape[-1] ** -0.5
+    operands = [x.float().requires_grad_() for x in (capture.query, capture.key, capture.value)]
+    scores = operands[0] @ operands[1].mT * capture.query.shape[-1] ** -0.5
+    if capture.is_causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(hidden, -torch.inf)
     output = scores.softmax(-1) @ operands[2]
-    output.backward(d_output.float())
+    output.backward(capture.d_output.float())
     return output.detach(), *(x.grad for x in operands if x.grad is not None)
 
 
 def measure(
-    name: str, recipe: TrainingRecipe, captures: list[Capture], exact: list[tuple[Tensor, ...]]
+    model: str, method: str, recipe: TrainingRecipe, captures: list[Capture], exact: list[tuple[Tensor, ...]]
 ) -> list[dict[str, Any]]:
     """One row for the output and each gradient."""
     results = []
-    for q, k, v, d_output in captures:
-        saved = forward(q, k, v, recipe)
-        results.append((saved.output, *backward(saved, d_output, recipe)))
+    for capture in captures:
+        saved = forward(capture.query, capture.key, capture.value, recipe, is_causal=capture.is_causal)
+        results.append((saved.output, *backward(saved, capture.d_output, recipe)))
     rows = []
     for index, tensor in enumerate(NAMES):
         x = torch.cat([result[index].double().flatten() for result in results])
@@ -132,8 +182,8 @@ def measure(
         rows.append(
             {
                 "benchmark": "gradients",
-                "shape": "wan_digits",
-                "method": name,
+                "shape": model,
+                "method": method,
                 "tensor": tensor,
                 "rel_l1": float(difference.abs().sum() / wanted.abs().sum()),
                 "cosine": float(torch.nn.functional.cosine_similarity(x, wanted, dim=0)),
@@ -141,7 +191,9 @@ def measure(
             }
         )
     print(
-        f"{name:40}", "  ".join(f"{row['tensor']} {row['rel_l1']:.4f} {row['cosine']:.5f}" for row in rows), flush=True
+        f"{method:40}",
+        "  ".join(f"{row['tensor']} {row['rel_l1']:.4f} {row['cosine']:.5f}" for row in rows),
+        flush=True,
     )
     return rows
 

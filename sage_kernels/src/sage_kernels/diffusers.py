@@ -104,6 +104,7 @@ class AttentionRouter:
         self._on_forward = on_forward
         self._signature = inspect.signature(transformer.forward)
         self._modes: ContextVar[tuple[_SdpaMode, ...]] = ContextVar("modes", default=())
+        self._alone: ContextVar[bool] = ContextVar("alone", default=False)
         self._handles = [
             transformer.register_forward_pre_hook(self._enter_model, with_kwargs=True),
             transformer.register_forward_hook(self._leave_model, always_call=True),
@@ -120,9 +121,15 @@ class AttentionRouter:
     def _track(self, block: BlockId, module: nn.Module) -> None:
         def enter(_module: nn.Module, _args: Any) -> None:
             self._block.set(block)
+            if not self._modes.get():  # gradient checkpointing runs blocks alone, in the backward pass
+                self._push_mode()
+                self._alone.set(True)
 
         def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
             self._block.set(None)
+            if self._alone.get():
+                self._alone.set(False)
+                self._pop_mode()
 
         self._handles += [
             module.register_forward_pre_hook(enter),
@@ -132,16 +139,22 @@ class AttentionRouter:
     def _enter_model(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._on_forward is not None:
             self._on_forward(self._signature.bind_partial(*args, **kwargs).arguments)
-        mode = _SdpaMode(lambda call: self._handler(self._block.get(), call))
-        mode.__enter__()  # type: ignore[no-untyped-call]
-        self._modes.set((*self._modes.get(), mode))
+        self._push_mode()
 
     def _leave_model(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         if not self._modes.get():  # another hook, or a bad argument, ended the forward before _enter_model was through
             return
+        self._block.set(None)
+        self._pop_mode()
+
+    def _push_mode(self) -> None:
+        mode = _SdpaMode(lambda call: self._handler(self._block.get(), call))
+        mode.__enter__()  # type: ignore[no-untyped-call]
+        self._modes.set((*self._modes.get(), mode))
+
+    def _pop_mode(self) -> None:
         *rest, mode = self._modes.get()
         self._modes.set(tuple(rest))
-        self._block.set(None)
         mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 

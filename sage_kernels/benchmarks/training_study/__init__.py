@@ -1,0 +1,1 @@
+"""Experiments on training with 8-bit attention: a small language model, its texts, its runs, and their report."""
