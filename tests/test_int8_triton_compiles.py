@@ -18,7 +18,7 @@ PACKAGES = Path(sage_kernels.__file__).parents[1]
 
 
 # How many of the calls: all where shared memory is small, and where MMAs are asynchronous.
-CALLS = {(8, 0): 1, (8, 9): 2, (9, 0): 2, (10, 0): 1, (12, 0): 1}
+CALLS = {(8, 0): 1, (8, 9): 3, (9, 0): 2, (10, 0): 1, (12, 0): 1}
 
 
 @pytest.mark.parametrize("capability", CALLS, ids=lambda capability: "sm_{}{}".format(*capability))

@@ -26,7 +26,7 @@ PHASES = pytest.StashKey[list[str]]()
 @pytest.fixture(scope="session")
 def workers():
     """Processes on all cores, for what has much to compile."""
-    with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count() or 1)) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(28, os.cpu_count() or 1)) as pool:
         yield pool
 
 

@@ -201,10 +201,10 @@ def test_a_slowdown_of_the_calls_would_be_seen(steady_call):
 
     def call():
         seen.append(None)
-        return steady_call(), seen.count(0) + seen.count(1)
+        return steady_call(), [seen.count(0) for _ in range(5)]
 
     time_windows(steady_call, 400)
-    assert growth(time_windows(call, 10_000)[0]) > LARGEST_GROWTH
+    assert growth(time_windows(call, 4_000)[0]) > LARGEST_GROWTH
 
 
 @pytest.mark.parametrize("precision", ["int8", "int8_fp16"])

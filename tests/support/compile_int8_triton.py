@@ -20,7 +20,7 @@ from int8_cases import call_of, make_options, make_qkv
 from sage_kernels.architectures import find_architecture
 from sage_kernels.kernels import int8_triton
 
-CALLS = (("plain", 64, torch.bfloat16), ("additive", 128, torch.bfloat16))
+CALLS = (("plain", 64, torch.bfloat16), ("additive", 128, torch.bfloat16), ("bool", 256, torch.bfloat16))
 
 
 class PretendedDriver:

@@ -36,13 +36,21 @@ class AttentionConfig:
 def find_config(architecture: Architecture | None, block_d: int, mask_bytes: int = 0) -> AttentionConfig:
     """The row for a head_dim padded to `block_d` and a mask's element size; None is Triton's interpreter on the CPU."""
     if architecture is not None and architecture.capability[0] == 9:
-        return replace(_large_tiles(block_d, mask_bytes), row_sum="unrounded")
+        return replace(_hopper_tiles(block_d, mask_bytes), row_sum="unrounded")
     if architecture is not None and architecture.shared_memory >= 227 << 10:
         return _large_tiles(block_d, mask_bytes)
     if block_d <= 64:
         return AttentionConfig(128, 64, 4, 3)
     stages = 3 - (block_d > 128) - (mask_bytes > 0)  # tiles of a mask are kept in shared memory, like those of K and V
     return AttentionConfig(128, 64, 8, 1 if mask_bytes > 2 else stages)
+
+
+def _hopper_tiles(block_d: int, mask_bytes: int) -> AttentionConfig:
+    if block_d > 128:
+        return AttentionConfig(128, 64, 8, 2) if mask_bytes else AttentionConfig(64, 64, 4, 2)
+    if mask_bytes:
+        return AttentionConfig(128, 64, 4, 2) if block_d <= 64 else AttentionConfig(128, 32, 4, 3)
+    return AttentionConfig(128, 64, 4, 3)
 
 
 def _large_tiles(block_d: int, mask_bytes: int) -> AttentionConfig:
