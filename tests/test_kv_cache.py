@@ -193,10 +193,10 @@ def test_splits_fill_the_gpu_and_leave_work_to_each_block():
         for capacity in (1, 100, 4096, 32768, 1 << 20):
             splits = cuda_decode.choose_splits(blocks, capacity, slots)
             assert 1 <= splits <= 256
-            assert splits == 1 or capacity // splits >= 128
+            assert splits == 1 or capacity // splits >= 256
             rounds = -(-blocks * splits // slots)
             full = blocks * splits / (rounds * slots)
-            assert full >= 0.9 or splits in (256, capacity // 128) or capacity < 256 or blocks > 200
+            assert full >= 0.9 or splits in (256, capacity // 256) or capacity < 512 or blocks > 200
     assert cuda_decode.choose_splits(64, 32768, slots) == 6
 
 

@@ -77,7 +77,7 @@ __device__ void combine_row(const KvDecodeParams& p, i64 place, u32 kv_head, u32
     total += exp2_approx(__ldcg(&p.partial_lse[static_cast<i64>(split) * p.rows + place]) - largest);
   total = warp_sum(total);
   float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
+#pragma unroll 16
   for (u32 split = lane / LANES; split < splits; split += WARP / LANES) {
     i64 part = static_cast<i64>(split) * p.rows + place;
     float weight = exp2_approx(__ldcg(&p.partial_lse[part]) - largest);
@@ -269,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       if (channel == 0) p.partial_lse[place] = lse;
     }
   }
-  if (p.splits == 1 || p.arrivals == nullptr) return;
+  if (p.splits == 1) return;
 
   // The block that comes last puts all shares together.
   __threadfence();
@@ -286,9 +286,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     if (row.exists)
       combine_row(p, (static_cast<i64>(batch) * p.heads + row.head) * p.query_length + row.token, kv_head, lane);
   }
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS) kv_cache_combine(const __grid_constant__ KvDecodeParams p) {
-  u32 place = blockIdx.x * WARPS + threadIdx.x / WARP;
-  if (place < p.rows) combine_row(p, place, place / p.query_length / (p.heads / p.kv_heads), threadIdx.x % WARP);
 }

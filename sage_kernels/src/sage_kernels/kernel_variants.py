@@ -184,12 +184,12 @@ KV_CACHE_ROWS = (8, 16)
 
 
 @lru_cache
-def kv_cache_variant(entry: str, head_dim: int, rows: int) -> KernelVariant:
-    """Decoding from the FP4 cache: `entry` is kv_cache_decode or kv_cache_combine; rows of queries of a block."""
+def kv_cache_variant(head_dim: int, rows: int) -> KernelVariant:
+    """Decoding from the FP4 cache; `rows` of queries share a block."""
     return KernelVariant(
         family="kv_cache",
         source="kv_cache_decode.cu",
-        entry=entry,
+        entry="kv_cache_decode",
         defines=(("HEAD_DIM", head_dim), ("ROW_TILES", rows // 8)),
         head_dim=head_dim,
         causal=False,
@@ -203,13 +203,7 @@ def kv_cache_variant(entry: str, head_dim: int, rows: int) -> KernelVariant:
 
 
 def _kv_cache() -> tuple[KernelVariant, ...]:
-    entries = ("kv_cache_decode", "kv_cache_combine")
-    return tuple(
-        kv_cache_variant(entry, head_dim, rows)
-        for head_dim in KV_CACHE_HEAD_DIMS
-        for rows in KV_CACHE_ROWS
-        for entry in entries
-    )
+    return tuple(kv_cache_variant(head_dim, rows) for head_dim in KV_CACHE_HEAD_DIMS for rows in KV_CACHE_ROWS)
 
 
 _FAMILIES: tuple[Callable[[], tuple[KernelVariant, ...]], ...] = (

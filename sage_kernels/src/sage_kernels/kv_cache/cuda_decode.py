@@ -1,8 +1,8 @@
 """Launches of csrc/kv_cache_decode.cu: what their form decides is worked out once, a call then only adds addresses."""
 
 import ctypes
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ from sage_kernels.launch_plan import LaunchSequence, ParameterTemplate, Workspac
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _MOST_ROWS = 64  # that share a key head; beyond, every block of rows would read the cache again
-_LEAST_KEYS = 128  # of a block: one step of each of its warps
+_LEAST_KEYS = 256  # of a block: two steps of each of its warps
 _MAX_SPLITS = 256
-# Blocks of a multiprocessor by head_dim and rows: as __launch_bounds__ has it, on Blackwell one fewer.
+# Blocks of a multiprocessor by head_dim and rows, as __launch_bounds__ has them; one fewer from _ONE_FEWER on.
+_ONE_FEWER = 12  # major compute capability
 _RESIDENT = {(64, 8): 4, (64, 16): 3, (128, 8): 3, (128, 16): 2}
 _ENOUGH = 0.9  # of the GPU filled: more splits would only make more to combine
 
@@ -37,9 +38,8 @@ class _Parameters(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True)
-class DecodeForm:
-    """What decides the launches of a call.
+class DecodeForm(NamedTuple):
+    """What decides the launches of a call; a tuple, because each call asks for its hash.
 
     Attributes:
         shape, strides, dtype: of the query [B, H, Nq, D]; its last axis is dense.
@@ -48,7 +48,7 @@ class DecodeForm:
         device: of all tensors.
     """
 
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
     kv_heads: int
@@ -70,15 +70,12 @@ def empty_arrivals(batch: int, kv_heads: int, device: torch.device) -> Tensor:
     return torch.zeros(batch * kv_heads * (_MOST_ROWS // KV_CACHE_ROWS[-1]), dtype=torch.int32, device=device)
 
 
-SEPARATE = False
-
-
 @lru_cache
 def _is_loadable(device: torch.device, head_dim: int) -> bool:
     architecture = device_architecture(device)
     if architecture is None:
         return False
-    variant = kv_cache_variant("kv_cache_decode", head_dim, KV_CACHE_ROWS[0])
+    variant = kv_cache_variant(head_dim, KV_CACHE_ROWS[0])
     return architecture.target in variant.archs and loading_obstacle(variant, architecture.target) is None
 
 
@@ -93,7 +90,7 @@ def attend(
     is_causal: bool,
     splits: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """One launch or two; output [B, H, Nq, D] in q's dtype, LSE float32 [B, H, Nq].
+    """One launch; output [B, H, Nq, D] in q's dtype, LSE float32 [B, H, Nq].
 
     Args:
         q: not rotated, last axis dense, at least one number.
@@ -101,11 +98,10 @@ def attend(
         arrivals: from empty_arrivals(); not of a call that another stream runs.
         key, value, lengths, scale, is_causal, splits: as in `launch.attend`.
     """
-    group = q.shape[3] // key.scales.shape[3]
-    shape = (q.shape[0], q.shape[1], q.shape[2], q.shape[3])
-    sizes = (key.codes.shape[1], key.codes.shape[2], group)
+    shape, codes = q.shape, key.codes.shape
+    group = shape[3] // key.scales.shape[3]
     launches, workspace_bytes = _plan(
-        DecodeForm(shape, q.stride()[:3], q.dtype, *sizes, scale, is_causal, splits, q.device)
+        DecodeForm(shape, q.stride()[:3], q.dtype, codes[1], codes[2], group, scale, is_causal, splits, q.device)
     )
     output = torch.empty(shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(shape[:3], dtype=torch.float32, device=q.device)
@@ -115,12 +111,7 @@ def attend(
         *(q.data_ptr(), lengths.data_ptr()),
         *(key.codes.data_ptr(), key.scales.data_ptr(), key.means.data_ptr(), key.head_scales.data_ptr()),
         *(value.codes.data_ptr(), value.scales.data_ptr(), value.means.data_ptr(), value.head_scales.data_ptr()),
-        *(
-            0 if signs is None else signs.data_ptr(),
-            0 if SEPARATE else arrivals.data_ptr(),
-            output.data_ptr(),
-            lse.data_ptr(),
-        ),
+        *(0 if signs is None else signs.data_ptr(), arrivals.data_ptr(), output.data_ptr(), lse.data_ptr()),
     )
     return output, lse
 
@@ -132,8 +123,10 @@ def _plan(form: DecodeForm) -> tuple[LaunchSequence, int]:
     group_rows = heads // form.kv_heads * query_length
     block_rows = next((rows for rows in KV_CACHE_ROWS if group_rows <= rows), KV_CACHE_ROWS[-1])
     blocks = batch * form.kv_heads * -(-group_rows // block_rows)
-    processors = torch.cuda.get_device_properties(form.device).multi_processor_count
-    splits = form.splits or choose_splits(blocks, form.padded_capacity, processors * _RESIDENT[head_dim, block_rows])
+    properties = torch.cuda.get_device_properties(form.device)
+    resident = _RESIDENT[head_dim, block_rows] - (properties.major >= _ONE_FEWER)
+    slots = properties.multi_processor_count * resident
+    splits = form.splits or choose_splits(blocks, form.padded_capacity, slots)
     splits = min(splits, _MAX_SPLITS)
     rows = batch * heads * query_length
     parts = splits if splits > 1 else 0
@@ -156,11 +149,8 @@ def _plan(form: DecodeForm) -> tuple[LaunchSequence, int]:
     operands = ("codes", "scales", "means", "factors")
     names = ("query", "lengths", *(f"{x}_{name}" for x in ("key", "value") for name in operands))
     template = ParameterTemplate(parameters, layout.offsets(), (*names, "signs", "arrivals", "output", "lse"))
-    launches = [(load_kernel(kv_cache_variant("kv_cache_decode", head_dim, block_rows), form.device), blocks * splits)]
-    if splits > 1 and SEPARATE:
-        combine = kv_cache_variant("kv_cache_combine", head_dim, block_rows)
-        launches.append((load_kernel(combine, form.device), -(-rows // 4)))
-    return LaunchSequence(launches, template), layout.size
+    kernel = load_kernel(kv_cache_variant(head_dim, block_rows), form.device)
+    return LaunchSequence(((kernel, blocks * splits),), template), layout.size
 
 
 def choose_splits(blocks: int, capacity: int, slots: int) -> int:
