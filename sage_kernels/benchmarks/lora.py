@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from result_file import describe
+from result_file import add_commit_option, describe
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from lora_fine_tuning import train
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--commit", help="where this is no git checkout")
+    add_commit_option(parser)
     parser.add_argument("--out", type=Path, default=RESULTS / "lora.json")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
