@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from result_file import describe
+from result_file import add_commit_option, describe
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of measurements for each shape and part")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
-    parser.add_argument("--commit", help="where this is no git checkout")
+    add_commit_option(parser)
     parser.add_argument("--out", type=Path, help="default: results/layer_latency.json; with --short nothing is written")
     options = parser.parse_args()
     if not options.short and not torch.cuda.is_available():

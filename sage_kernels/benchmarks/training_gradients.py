@@ -62,6 +62,12 @@ METHODS = {
     **recipes("fp8"),
     "int8, rowsum(dS) mean(k) added to dQ": replace(INT8, return_mean=True),
     "int8, tiles of 128 queries": replace(INT8, query_tile=128, backward_queries=128),
+    "int8, 128 keys share a scale of dS in dS K": replace(INT8, backward_keys=128),
+    "int8, 32 keys share a scale of dS in dS K": replace(INT8, backward_keys=32),
+    "int8, 64 tokens share a scale of K and V": replace(INT8, key_tile=64),
+    "int8, dp and dq in 16 bit": replace(INT8, exact=frozenset({"dp", "dq"})),
+    "int8, dp and pv in 16 bit": replace(INT8, exact=frozenset({"dp", "pv"})),
+    "int8, dp and forward pass in 16 bit": replace(INT8, exact=frozenset({"dp", "qk", "pv"})),
 }
 
 

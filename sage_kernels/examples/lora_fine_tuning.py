@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -36,7 +37,7 @@ MIN_TOKENS = 64  # cross-attention to eight conditioning tokens stays in 16 bit
 
 
 def main() -> None:
-    """Train, and say what it brought."""
+    """Train, write adapter and losses, say what it brought."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--attention", choices=["int8", "fp8", "bf16"], default="int8")
     parser.add_argument("--steps", type=int, default=300)
@@ -47,8 +48,20 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("lora_output"))
     options = parser.parse_args()
-    device = torch.device(options.device)
+    transformer, result = train(options)
+    transformer.save_lora_adapter(options.out)
+    (options.out / "loss.json").write_text(json.dumps(result), encoding="utf-8")
+    print(f"{result['trained_parameters']:,} parameters, {options.steps} steps in {result['seconds']:.1f} s")
+    print(f"attention: {result['coverage']}")
+    print(
+        f"loss on held-out clips: {result['held_out_before']:.4f} before, {result['held_out_after']:.4f} after; "
+        f"adapter and losses are in {options.out}"
+    )
 
+
+def train(options: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The transformer with its trained adapter, and what the training was like."""
+    device = torch.device(options.device)
     torch.manual_seed(0)
     transformer = load_transformer(device=device).train()
     transformer.add_adapter(LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=TARGETS))
@@ -76,8 +89,7 @@ def main() -> None:
         after = evaluate(transformer, held_out)
     seconds = time.perf_counter() - start
 
-    transformer.save_lora_adapter(options.out)
-    result = {
+    return transformer, {
         "attention": options.attention,
         "coverage": "torch's attention" if patch is None else str(patch.coverage),
         "trained_parameters": sum(parameter.numel() for parameter in weights),
@@ -86,10 +98,6 @@ def main() -> None:
         "seconds": seconds,
         "losses": torch.stack(losses).tolist(),
     }
-    (options.out / "loss.json").write_text(json.dumps(result), encoding="utf-8")
-    print(f"{result['trained_parameters']:,} parameters, {options.steps} steps in {seconds:.1f} s")
-    print(f"attention: {result['coverage']}")
-    print(f"loss on held-out clips: {before:.4f} before, {after:.4f} after; adapter and losses are in {options.out}")
 
 
 class Clips:

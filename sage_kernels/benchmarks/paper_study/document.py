@@ -58,14 +58,14 @@ class Document:
         self._markdown.append(f"![{alternative}]({name})\n")
         self._html.append(f'<p><img src="{html.escape(name)}" alt="{html.escape(alternative)}"></p>')
 
-    def write(self, folder: Path) -> None:
-        """REPORT.md and report.html."""
+    def write(self, folder: Path, markdown_name: str = "REPORT.md", page_name: str = "report.html") -> None:
+        """Both forms."""
         folder.mkdir(parents=True, exist_ok=True)
         markdown = f"# {self.title}\n\n" + "\n".join(self._markdown)
-        (folder / "REPORT.md").write_text(markdown, encoding="utf-8")
+        (folder / markdown_name).write_text(markdown, encoding="utf-8")
         page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(self.title)}</title>'
         page += f"<style>{_STYLE}</style><body><h1>{html.escape(self.title)}</h1>" + "\n".join(self._html)
-        (folder / "report.html").write_text(page + "</body></html>\n", encoding="utf-8")
+        (folder / page_name).write_text(page + "</body></html>\n", encoding="utf-8")
 
 
 def source(description: dict[str, Any]) -> str:

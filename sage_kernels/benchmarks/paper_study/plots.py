@@ -31,6 +31,19 @@ def lines(path: Path, series: Mapping[str, tuple[Sequence[float], Sequence[float
     figure.savefig(path, dpi=120)
 
 
+def curves(path: Path, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, x_label: str,
+           y_label: str) -> None:  # fmt: skip
+    """Thin lines, dashed for every second name, over values that are far from zero."""
+    figure, axes = _axes(title, x_label, y_label)
+    for number, (name, (x, y)) in enumerate(series.items()):
+        axes.plot(x, y, "--" if number % 2 else "-", label=name, linewidth=1.2)
+    lowest = min(min(y) for _, y in series.values())
+    highest = max(y[min(5, len(y) - 1)] for _, y in series.values())
+    axes.set_ylim(lowest - 0.05 * (highest - lowest), highest)
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 def bars(path: Path, groups: Mapping[str, Mapping[str, float]], title: str, x_label: str) -> None:
     """Horizontal bars: a group for each name, a bar for each of its entries."""
     pyplot_figure = importlib.import_module("matplotlib.figure").Figure

@@ -87,13 +87,18 @@ def fetch(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for source in SOURCES:
             archive = _download(source, Path(temporary))
-            for domain, content in _texts(archive, source):
+            for domain, content in texts_of(archive, source):
                 files[domain].append(content)
     for domain, contents in files.items():
-        held_out = contents[EVERY - 1 :: EVERY]
-        train = [content for index, content in enumerate(contents) if index % EVERY != EVERY - 1]
-        (folder / f"{domain}.train.txt").write_bytes(SEPARATOR.join(train))
-        (folder / f"{domain}.held_out.txt").write_bytes(SEPARATOR.join(held_out))
+        write_parts(domain, contents, folder)
+
+
+def write_parts(domain: str, contents: list[bytes], folder: Path) -> None:
+    """Every twentieth file to hold out, the others to train on."""
+    held_out = contents[EVERY - 1 :: EVERY]
+    train = [content for index, content in enumerate(contents) if index % EVERY != EVERY - 1]
+    (folder / f"{domain}.train.txt").write_bytes(SEPARATOR.join(train))
+    (folder / f"{domain}.held_out.txt").write_bytes(SEPARATOR.join(held_out))
 
 
 def _download(source: Source, folder: Path) -> Path:
@@ -112,7 +117,7 @@ def _download(source: Source, folder: Path) -> Path:
     return archive
 
 
-def _texts(archive: Path, source: Source) -> Iterator[tuple[str, bytes]]:
+def texts_of(archive: Path, source: Source) -> Iterator[tuple[str, bytes]]:
     """Files of each domain by name."""
     with tarfile.open(archive) as packed:
         for member in sorted(packed.getmembers(), key=lambda member: member.name):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from result_file import add_commit_option
 from torch import Tensor
 
 from sage_kernels.evidence import write_json
@@ -51,7 +52,7 @@ class Study:
         parser.add_argument("--work", type=Path, default=DEFAULT_WORK, help="corpus, start and finished runs (kept)")
         parser.add_argument("--text", nargs=2, type=Path, metavar=("PROSE", "CODE"), help="files of your own")
         parser.add_argument("--processes", type=int, default=1, help="that train beside each other on one GPU")
-        parser.add_argument("--commit", help="where this is no git checkout")
+        add_commit_option(parser)
         parser.add_argument("--out", type=Path, help="result file; with --short nothing is written unless it is given")
         options = parser.parse_args()
         for path in options.text or ():

@@ -77,30 +77,38 @@ class Trainer:
 
     def run(self, name: str) -> RunResult:
         """All steps."""
-        graph, outputs, began = None, (self._rate, self._rate), time.perf_counter()
+        graph, began = None, time.perf_counter()
         for step in tqdm(range(self.config.steps), desc=name, mininterval=2, ncols=80):
-            self._start.copy_(self._starts[step])
-            self._rate.fill_(self.config.rate(step))
-            if not self._on_gpu:
-                for group in self._optimizer.param_groups:
-                    group["lr"] = self.config.rate(step)
-            if step == EAGER_STEPS and self._on_gpu:
-                torch.cuda.synchronize()
-                self._optimizer.zero_grad(set_to_none=True)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    outputs = self._step()
-                torch.cuda.synchronize()
+            self._prepare(step)
             if step == EAGER_STEPS:
+                if self._on_gpu:
+                    graph, outputs = self._capture()
                 began = time.perf_counter()
-            if graph is not None:
-                graph.replay()
-            else:
+            if graph is None:
                 outputs = self._step_apart()
+            else:
+                graph.replay()
             self._losses[step], self._norms[step] = outputs
         losses, norms = self._losses.cpu(), self._norms.cpu()  # waits for the GPU
         seconds = time.perf_counter() - began
         return RunResult(losses, norms, seconds, max(1, self.config.steps - EAGER_STEPS) / max(seconds, 1e-9))
+
+    def _prepare(self, step: int) -> None:
+        """Batch and learning rate of a step, where the step reads them."""
+        self._start.copy_(self._starts[step])
+        self._rate.fill_(self.config.rate(step))
+        if not self._on_gpu:
+            for group in self._optimizer.param_groups:
+                group["lr"] = self.config.rate(step)
+
+    def _capture(self) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
+        """A step as a graph, and the tensors that hold its results after each replay."""
+        torch.cuda.synchronize()
+        self._optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = self._step()
+        return graph, outputs
 
     def _step_apart(self) -> tuple[Tensor, Tensor]:
         """A step outside of a graph, on a stream of its own as a capture wants it."""
