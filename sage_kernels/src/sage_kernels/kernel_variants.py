@@ -179,6 +179,48 @@ def _int8_sm90() -> tuple[KernelVariant, ...]:
     return (*(int8_sm90_attention_variant(form) for form in FORMS), *preparations)
 
 
-_FAMILIES: tuple[Callable[[], tuple[KernelVariant, ...]], ...] = (_nvfp4_attention, _nvfp4_prepare, _int8_sm90)
+TRAIN_SM90_HEAD_DIMS = (64, 128)
+TRAIN_SM90_ENTRIES = ("train_sm90_key_value", "train_sm90_query")
+
+
+@lru_cache
+def train_sm90_variant(entry: str, head_dim: int, is_bfloat16: bool) -> KernelVariant:
+    """Gradients in INT8 on wgmma: `entry` is train_sm90_key_value (dK and dV) or train_sm90_query (dQ)."""
+    if entry == "train_sm90_key_value":  # K and V; Q, dO and their transposes; LSE, delta and scales; barriers
+        stages = {64: 8, 128: 4}[head_dim]
+        shared_bytes = 3 * 128 * head_dim + stages * (5 * 64 * head_dim + 4 * 132) + 8 * (2 * stages + 1)
+    else:  # Q and dO; K, V and K transposed; barriers
+        stages = {64: 4, 128: 2}[head_dim]
+        shared_bytes = 3 * 128 * head_dim + stages * 4 * 128 * head_dim + 8 * (2 * stages + 1)
+    return KernelVariant(
+        family=entry,
+        source=f"{entry}.cu",
+        entry=entry,
+        defines=(("HEAD_DIM", head_dim), ("BFLOAT16", int(is_bfloat16)), ("STAGES", stages)),
+        head_dim=head_dim,
+        causal=False,
+        mask="none",
+        dtype="bfloat16" if is_bfloat16 else "float16",
+        threads=384,
+        shared_bytes=shared_bytes,
+        archs=("sm_90a",),
+    )
+
+
+def _train_sm90() -> tuple[KernelVariant, ...]:
+    return tuple(
+        train_sm90_variant(entry, head_dim, is_bfloat16)
+        for entry in TRAIN_SM90_ENTRIES
+        for head_dim in TRAIN_SM90_HEAD_DIMS
+        for is_bfloat16 in (False, True)
+    )
+
+
+_FAMILIES: tuple[Callable[[], tuple[KernelVariant, ...]], ...] = (
+    _nvfp4_attention,
+    _nvfp4_prepare,
+    _int8_sm90,
+    _train_sm90,
+)
 
 VARIANTS: tuple[KernelVariant, ...] = tuple(variant for family in _FAMILIES for variant in family())

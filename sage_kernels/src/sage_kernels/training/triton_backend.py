@@ -3,35 +3,18 @@
 Triton is imported by the first call: it may be missing (Windows, CPU builds of torch), and it is slow to load.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from sage_kernels.architectures import device_architecture
+from sage_kernels.training import sm90_backend
 from sage_kernels.training.configs import TrainingConfig, find_config
 from sage_kernels.training.recipe import RECIPES
+from sage_kernels.training.saved import Saved
 from sage_kernels.training.triton_launch import on_device
 
 _CHUNKS = 16  # pieces of a head's keys that are summed up side by side for their mean
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-
-
-@dataclass(frozen=True, eq=False)
-class Saved:
-    """What the forward pass leaves to the backward pass besides V and O. Padding is zero; block_d is D rounded up.
-
-    Attributes:
-        lse: float32 [B * H, Mq], of log2, without the mean key's part; infinite in rows of padding.
-        query, key: codes [B * H, Mq, block_d] and [B * Hkv, Mk, block_d], K without its mean over the tokens.
-        query_scales, key_scales: float32 [B * H, Mq / query_tile] and [B * Hkv, Mk / key_tile].
-    """
-
-    lse: Tensor
-    query: Tensor
-    query_scales: Tensor
-    key: Tensor
-    key_scales: Tensor
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -121,12 +104,14 @@ def backward(
     recipe, fp8 = RECIPES[precision], precision == "fp8"
     batch, heads, query_length, head_dim = output.shape
     kv_heads, key_length = v.shape[1:3]
-    d_query = torch.empty(output.shape, dtype=output.dtype, device=output.device)
-    d_key, d_value = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for _ in range(2))
     if output.numel() == 0:
-        return d_query, d_key.zero_(), d_value.zero_()
+        return output.new_empty(output.shape), v.new_zeros(v.shape), v.new_zeros(v.shape)
+    if config is None and sm90_backend.serves(v.device, head_dim, saved.query.shape[2], v.dtype, precision):
+        return sm90_backend.backward(d_output, v, output, saved, is_causal, scale)
     # The kernels that multiply load rows of whole vectors.
     d_output, v = (x if x.stride(3) == 1 else x.contiguous() for x in (d_output, v))
+    d_query = torch.empty(output.shape, dtype=output.dtype, device=output.device)
+    d_key, d_value = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for _ in range(2))
     block_d = saved.query.shape[2]
     config = config or find_config(device_architecture(v.device), block_d)
     query_tiles, key_tiles = saved.query_scales.shape[1], saved.key_scales.shape[1]
