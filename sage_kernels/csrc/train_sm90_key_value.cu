@@ -75,6 +75,9 @@ struct Consumer {
   Ring ring;
   u32 a[32], b[32];  // S^T, then P^T; dP^T, then dS^T; then products
   u32 weight_codes[8], gradient_codes[8];
+  float weight_scale[2], gradient_scale[2];
+  float key_factor;
+  int first_key, thread_key;
   float d_key[HEAD_DIM / 2], d_value[HEAD_DIM / 2];
 
   DEVICE Consumer(const TrainParams& p, const Shared& shared)
@@ -118,72 +121,87 @@ struct Consumer {
     }
   }
 
+  // From the scores that are on their way to the codes of P^T, while dP^T is. `query` is the block's first.
+  DEVICE void finish_weights(u32 rows, int query) {
+    const float2 scales = load_shared_pair(rows + 512);
+    wgmma_wait<1>(a);
+    weights(rows, key_factor * scales.x);
+    if (p.is_causal && query < first_key + 63) hide(thread_key - query);
+    float inverse[2];
+    scale_weights(a, weight_scale, inverse);
+    make_codes(weight_codes, a, inverse);
+    // NaN where Q or dO was not finite: maxima may pass over it.
+#pragma unroll
+    for (int r = 0; r < 2; ++r) weight_scale[r] *= scales.y + scales.x * 0.f;
+    wgmma_wait<0>(b);
+  }
+
+  // From P^T and dP^T to the codes of dS^T.
+  DEVICE void finish_gradients(u32 rows) {
+    const float2 scales = load_shared_pair(rows + 512);
+    score_gradients(rows);
+    float inverse[2];
+    scale_signed(b, gradient_scale, inverse);
+    make_codes(gradient_codes, b, inverse);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) gradient_scale[r] *= scales.x + scales.y * 0.f;
+  }
+
+  DEVICE void issue_next_scores(int stage) { issue_scores(a, shared.key(warpgroup), shared.query(stage)); }
+
+  DEVICE void issue_next_weight_gradients(int stage) {
+    issue_weight_gradients(b, shared.value(warpgroup), 128 * 128, shared.d_output(stage), 64 * 128);
+  }
+
   DEVICE void run() {
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 2; ++i) d_key[i] = d_value[i] = 0.f;
-    const i64 key_tile = i64(walk.kv_head) * p.key_tiles + walk.tile;
-    const float key_scale = p.key_scales[key_tile];
-    const float key_factor = key_scale * (p.softmax_scale * kLog2E);
-    const int first_key = walk.tile * kKeyTile + warpgroup * 64;
-    const int key = first_key + threadIdx.x / 32 % 4 * 16 + lane / 4;
-    mbarrier_wait(shared.keys_full(), 0);
+    const float key_scale = p.key_scales[i64(walk.kv_head) * p.key_tiles + walk.tile];
+    key_factor = key_scale * (p.softmax_scale * kLog2E);
+    first_key = walk.tile * kKeyTile + warpgroup * 64;
+    thread_key = first_key + threadIdx.x / 32 % 4 * 16 + lane / 4;
     const int turns = walk.blocks * walk.group;
-    int query = walk.first * kQueryTile;
-    if (turns > 0) {
-      mbarrier_wait(shared.full(0), 0);
-      issue_scores(a, shared.key(warpgroup), shared.query(0));
-    }
-    for (int turn = 0; turn < turns; ++turn) {
+    int block = walk.first;
+    mbarrier_wait(shared.keys_full(), 0);
+    // No wgmma is on its way where turns meet: the assembler would wait for each one then. Without queries, and in the
+    // last turn, the next scores are those of memory that nobody reads.
+    if (turns > 0) mbarrier_wait(shared.full(0), 0);
+    issue_next_scores(0);
+    issue_next_weight_gradients(0);
+    finish_weights(shared.rows(0), block * kQueryTile);
+    for (int turn = 1; turn <= turns; ++turn) {
       const int stage = ring.stage;
-      const u32 rows = shared.rows(stage);
-      issue_weight_gradients(b, shared.value(warpgroup), 128 * 128, shared.d_output(stage), 64 * 128);
-      const float2 scales = load_shared_pair(rows + 512);
-      wgmma_wait<1>(a);
-      weights(rows, key_factor * scales.x);
-      if (p.is_causal && query < first_key + 63) hide(key - query);
-      float inverse[2], weight_scale[2], gradient_scale[2];
-      scale_weights(a, weight_scale, inverse);
-      make_codes(weight_codes, a, inverse);
-      wgmma_wait<0>(b);
-      score_gradients(rows);
-      scale_signed(b, gradient_scale, inverse);
-      make_codes(gradient_codes, b, inverse);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {  // NaN where Q or dO was not finite: maxima may pass over it
-        weight_scale[r] *= scales.y + scales.x * 0.f;
-        gradient_scale[r] *= scales.x + scales.y * 0.f;
-      }
-      const u32 d_output = shared.d_output_transposed(stage), transposed = shared.query_transposed(stage);
+      finish_gradients(shared.rows(stage));
+      const u32 d_output = shared.d_output_transposed(stage), query = shared.query_transposed(stage);
       issue_product<64>(a, weight_codes, d_output);
 #if HEAD_DIM == 128
       issue_product<64>(b, weight_codes, d_output + 64 * 64);
       wgmma_wait<1>(a);
       add_product<0>(d_value, a, weight_scale);
-      issue_product<64>(a, gradient_codes, transposed);
+      issue_product<64>(a, gradient_codes, query);
       wgmma_wait<1>(b);
       add_product<32>(d_value, b, weight_scale);
-      issue_product<64>(b, gradient_codes, transposed + 64 * 64);
+      issue_product<64>(b, gradient_codes, query + 64 * 64);
       wgmma_wait<1>(a);
       add_product<0>(d_key, a, gradient_scale);
 #else
-      issue_product<64>(b, gradient_codes, transposed);
+      issue_product<64>(b, gradient_codes, query);
       wgmma_wait<1>(a);
       add_product<0>(d_value, a, weight_scale);
 #endif
       ring.advance<STAGES>();
-      // The last turn computes scores that nobody reads: no branch may stand between wgmma and its wait.
-      if (turn + 1 < turns) mbarrier_wait(shared.full(ring.stage), ring.parity);
-      issue_scores(a, shared.key(warpgroup), shared.query(ring.stage));
+      if (++block == p.query_tiles) block = walk.first;
+      if (turn < turns) mbarrier_wait(shared.full(ring.stage), ring.parity);
+      issue_next_scores(ring.stage);
       wgmma_wait<1>(b);
       add_product<HEAD_DIM / 2 - 32>(d_key, b, gradient_scale);
       if (lane == 0) mbarrier_arrive(shared.empty(stage));
-      query += kQueryTile;
-      if (query == p.query_tiles * kQueryTile) query = walk.first * kQueryTile;
+      issue_next_weight_gradients(ring.stage);
+      finish_weights(shared.rows(ring.stage), block * kQueryTile);
     }
-    wgmma_wait<0>(a);
     const i64 at = i64(walk.kv_head) * p.key_length * p.head_dim;
     const float one[2] = {1.f, 1.f};
-    const float factor = p.softmax_scale + key_scale * 0.f;  // NaN where K was not finite
+    const float factor = p.softmax_scale + key_factor * 0.f;  // NaN where K was not finite
     const float factors[2] = {factor, factor};
     store_rows(p.d_value + at, d_value, one, first_key, p.key_length, p.head_dim);
     store_rows(p.d_key + at, d_key, factors, first_key, p.key_length, p.head_dim);

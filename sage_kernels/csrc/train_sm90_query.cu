@@ -73,6 +73,16 @@ struct Consumer {
   u32 gradients[64];  // dP, then dS
   u32 codes[16];
   float d_query[HEAD_DIM / 2];
+  float lse[2], delta[2], scale[2];
+  float query_factor, key_scale;
+  const float* key_scales;
+  int first_row, unmasked;
+#if HEAD_DIM == 128
+  DEVICE u32 (&product())[64] { return gradients; }
+#else
+  u32 narrow[32];
+  DEVICE u32 (&product())[32] { return narrow; }
+#endif
 
   DEVICE Consumer(const TrainParams& p, const Shared& shared, const Walk& walk, int warpgroup)
       : p(p), shared(shared), walk(walk), warpgroup(warpgroup), lane(threadIdx.x % 32) {}
@@ -84,15 +94,51 @@ struct Consumer {
       if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= limit[i / 2 % 2]) scores[i] = 0;
   }
 
+  // From the scores that are on their way to P, while dP is.
+  DEVICE void finish_weights(int block) {
+    key_scale = key_scales[block];
+    const float factor = query_factor * key_scale;
+    wgmma_wait<1>(scores);
+#pragma unroll
+    for (int i = 0; i < 64; ++i)
+      scores[i] = __float_as_uint(exp2_approx(fmaf(static_cast<int>(scores[i]), factor, -lse[i / 2 % 2])));
+    if (block >= unmasked) {
+      int limit[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        limit[r] = (p.is_causal ? min(p.key_length, first_row + 8 * r + 1) : p.key_length) - block * kKeyTile;
+      hide(limit);
+    }
+    wgmma_wait<0>(gradients);
+  }
+
+  // From P and dP to the codes of dS.
+  DEVICE void finish_gradients() {
+#pragma unroll
+    for (int i = 0; i < 64; ++i)
+      gradients[i] = __float_as_uint((__uint_as_float(gradients[i]) - delta[i / 2 % 2]) * __uint_as_float(scores[i]));
+    float inverse[2];
+    scale_signed(gradients, scale, inverse);
+    make_codes(codes, gradients, inverse);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) scale[r] *= key_scale;
+  }
+
+  DEVICE void issue_next_scores(int stage) { issue_scores(scores, shared.query(warpgroup), shared.key(stage)); }
+
+  DEVICE void issue_next_weight_gradients(int stage) {
+    issue_weight_gradients(gradients, shared.d_output(warpgroup), 64 * 128, shared.value(stage), 128 * 128);
+  }
+
   DEVICE void run() {
     const i64 tile = i64(walk.head) * p.query_tiles + walk.tile + warpgroup;
     const int first = (walk.tile + warpgroup) * kQueryTile;
     const int thread_row = threadIdx.x / 32 % 4 * 16 + lane / 4;
     const float* rows = p.rows + tile * kRowFloats;
-    const float* key_scales = p.key_scales + i64(walk.kv_head) * p.key_tiles;
-    const float query_scale = rows[128];
-    const float query_factor = query_scale * (p.softmax_scale * kLog2E);
-    float lse[2], delta[2];
+    key_scales = p.key_scales + i64(walk.kv_head) * p.key_tiles;
+    query_factor = rows[128] * (p.softmax_scale * kLog2E);
+    first_row = first + thread_row;
+    unmasked = (p.is_causal ? min(p.key_length, first + 1) : p.key_length) / kKeyTile;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       lse[r] = rows[thread_row + 8 * r];
@@ -101,55 +147,25 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 2; ++i) d_query[i] = 0.f;
     mbarrier_wait(shared.queries_full(), 0);
-    const int unmasked = (p.is_causal ? min(p.key_length, first + 1) : p.key_length) / kKeyTile;
-    if (walk.blocks > 0) {
-      mbarrier_wait(shared.full(0), 0);
-      issue_scores(scores, shared.query(warpgroup), shared.key(0));
-    }
-    for (int block = 0; block < walk.blocks; ++block) {
+    // No wgmma is on its way where turns meet: the assembler would wait for each one then. In the last turn, the next
+    // scores are those of memory that nobody reads.
+    mbarrier_wait(shared.full(0), 0);
+    issue_next_scores(0);
+    issue_next_weight_gradients(0);
+    finish_weights(0);
+    for (int block = 1; block <= walk.blocks; ++block) {
       const int stage = ring.stage;
-      issue_weight_gradients(gradients, shared.d_output(warpgroup), 64 * 128, shared.value(stage), 128 * 128);
-      const float key_scale = key_scales[block];
-      const float factor = query_factor * key_scale;
-      wgmma_wait<1>(scores);
-#pragma unroll
-      for (int i = 0; i < 64; ++i)
-        scores[i] =
-            __float_as_uint(exp2_approx(fmaf(static_cast<int>(scores[i]), factor, -lse[i / 2 % 2])));
-      if (block >= unmasked) {
-        int limit[2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-          limit[r] = (p.is_causal ? min(p.key_length, first + thread_row + 8 * r + 1) : p.key_length) - block * kKeyTile;
-        hide(limit);
-      }
-      wgmma_wait<0>(gradients);
-#pragma unroll
-      for (int i = 0; i < 64; ++i)
-        gradients[i] =
-            __float_as_uint((__uint_as_float(gradients[i]) - delta[i / 2 % 2]) * __uint_as_float(scores[i]));
-      float scale[2], inverse[2];
-      scale_signed(gradients, scale, inverse);
-      make_codes(codes, gradients, inverse);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) scale[r] *= key_scale;
-#if HEAD_DIM == 128
-      u32(&product)[64] = gradients;
-#else
-      u32 product[32];
-#pragma unroll
-      for (int i = 0; i < 32; ++i) product[i] = 0;
-#endif
-      issue_product<128>(product, codes, shared.key_transposed(stage));
+      finish_gradients();
+      issue_product<128>(product(), codes, shared.key_transposed(stage));
       ring.advance<STAGES>();
-      // The last turn computes scores that nobody reads: no branch may stand between wgmma and its wait.
-      if (block + 1 < walk.blocks) mbarrier_wait(shared.full(ring.stage), ring.parity);
-      issue_scores(scores, shared.query(warpgroup), shared.key(ring.stage));
-      wgmma_wait<1>(product);
-      add_product<0>(d_query, product, scale);
+      if (block < walk.blocks) mbarrier_wait(shared.full(ring.stage), ring.parity);
+      issue_next_scores(ring.stage);
+      wgmma_wait<1>(product());
+      add_product<0>(d_query, product(), scale);
       if (lane == 0) mbarrier_arrive(shared.empty(stage));
+      issue_next_weight_gradients(ring.stage);
+      finish_weights(min(block, walk.blocks - 1));
     }
-    wgmma_wait<0>(scores);
     float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r)  // NaN where Q, dO or V were not finite: maxima pass over it
