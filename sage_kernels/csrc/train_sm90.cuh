@@ -15,6 +15,7 @@ struct TrainParams {
   const u8* key_transposed;      // [B * Hkv, key_tiles][HEAD_DIM][128]
   const u16* value;              // [B * Hkv, key_tiles][HEAD_DIM / 64][128][64]
   const float* key_scales;       // [B * Hkv, key_tiles]
+  const float* channel_scales;   // [B * Hkv, HEAD_DIM], of the transposed K
   u16* d_query;                  // [B * H, Nq, D]
   u16* d_key;                    // [B * Hkv, Nk, D]
   u16* d_value;

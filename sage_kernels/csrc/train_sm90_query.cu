@@ -74,7 +74,7 @@ struct Consumer {
   u32 codes[16];
   float d_query[HEAD_DIM / 2];
   float lse[2], delta[2], scale[2];
-  float query_factor, key_scale;
+  float query_factor;
   const float* key_scales;
   int first_row, unmasked;
 #if HEAD_DIM == 128
@@ -96,8 +96,7 @@ struct Consumer {
 
   // From the scores that are on their way to P, while dP is.
   DEVICE void finish_weights(int block) {
-    key_scale = key_scales[block];
-    const float factor = query_factor * key_scale;
+    const float factor = query_factor * key_scales[block];
     wgmma_wait<1>(scores);
 #pragma unroll
     for (int i = 0; i < 64; ++i)
@@ -120,8 +119,6 @@ struct Consumer {
     float inverse[2];
     scale_signed(gradients, scale, inverse);
     make_codes(codes, gradients, inverse);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) scale[r] *= key_scale;
   }
 
   DEVICE void issue_next_scores(int stage) { issue_scores(scores, shared.query(warpgroup), shared.key(stage)); }
@@ -170,6 +167,9 @@ struct Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r)  // NaN where Q, dO or V were not finite: maxima pass over it
       factor[r] = p.softmax_scale * p.query_sign + (query_factor + delta[r]) * 0.f;
+    const float* channels = p.channel_scales + walk.kv_head * HEAD_DIM + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 2; ++i) d_query[i] *= channels[i / 4 * 8 + i % 2];
     store_rows(p.d_query + i64(walk.head) * p.query_length * p.head_dim, d_query, factor, first, p.query_length,
                p.head_dim);
   }

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sage_kernels.architectures import device_architecture
 from sage_kernels.cubin_loader import LoadedKernel, load_kernel, loading_obstacle
-from sage_kernels.kernel_variants import KernelVariant, train_sm90_variant
+from sage_kernels.kernel_variants import TRAIN_SM90_ENTRIES, KernelVariant, train_sm90_variant
 from sage_kernels.training.recipe import RECIPES
 from sage_kernels.training.saved import Saved
 from sage_kernels.training.triton_launch import on_device
@@ -17,7 +17,6 @@ _TARGET = "sm_90a"
 _HEAD_DIMS = (64, 128)  # padded
 _HEAD_DIM_STEP = 8
 _QUERIES = 128  # of a thread block of dQ
-_ENTRIES = ("train_sm90_key_value", "train_sm90_query")
 
 
 class _Parameters(ctypes.Structure):
@@ -25,7 +24,7 @@ class _Parameters(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_uint64) for name in ("query", "query_transposed", "d_output", "d_output_transposed")),
-        *((name, ctypes.c_uint64) for name in ("rows", "key", "key_transposed", "value", "key_scales")),
+        *((name, ctypes.c_uint64) for name in ("rows", "key", "key_transposed", "value", "key_scales", "channel_scales")),
         *((name, ctypes.c_uint64) for name in ("d_query", "d_key", "d_value")),
         *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "query_length", "key_length")),
         *((name, ctypes.c_int32) for name in ("query_tiles", "key_tiles", "head_dim", "is_causal")),
@@ -44,47 +43,45 @@ def serves(device: torch.device, head_dim: int, block_d: int, dtype: torch.dtype
     return all(loading_obstacle(variant, _TARGET) is None for variant in _variants(block_d, dtype))
 
 
-def backward(
-    d_output: Tensor, v: Tensor, output: Tensor, saved: Saved, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ [B, H, Nq, D], dK and dV [B, Hkv, Nk, D], contiguous, in the dtype of `output`; none of them is empty."""
+def make_images(d_output: Tensor, v: Tensor, output: Tensor, saved: Saved) -> dict[str, Tensor]:
+    """Tiles for the kernels, by the names of their parameters."""
     from sage_kernels.training.triton_kernels import images  # noqa: PLC0415 Triton is imported by the first call
 
     recipe = RECIPES["int8"]
     batch, heads, query_length, head_dim = output.shape
     kv_heads, key_length = v.shape[1:3]
-    block_d = saved.query.shape[2]
     query_tiles, key_tiles = saved.query_scales.shape[1], saved.key_scales.shape[1]
-    codes = [torch.empty_like(x) for x in (saved.query, saved.query, saved.query, saved.key, saved.key)]
-    query_image, query_transposed, d_output_transposed, key_image, key_transposed = codes
-    d_output_image = torch.empty_like(saved.query, dtype=v.dtype)
-    value_image = torch.empty_like(saved.key, dtype=v.dtype)
-    rows = saved.lse.new_empty((batch * heads * query_tiles, images.ROW_FLOATS.value))
-    d_query = torch.empty(output.shape, dtype=output.dtype, device=output.device)
-    d_key, d_value = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for _ in range(2))
+    names = ("query", "query_transposed", "d_output_transposed")
+    result = {name: torch.empty_like(saved.query) for name in names}
+    result |= {name: torch.empty_like(saved.key) for name in ("key", "key_transposed")}
+    result["d_output"] = torch.empty_like(saved.query, dtype=d_output.dtype)
+    result["value"] = torch.empty_like(saved.key, dtype=v.dtype)
+    result["rows"] = saved.lse.new_empty((batch * heads * query_tiles, images.ROW_FLOATS.value))
     query_programs = batch * heads * query_tiles
     with on_device(v.device):
         images.prepare_images[(query_programs + batch * kv_heads * key_tiles,)](
-            d_output, output, v, saved.query, saved.query_scales, saved.key, saved.lse,
-            query_image, query_transposed, d_output_image, d_output_transposed, rows,
-            key_image, key_transposed, value_image, *d_output.stride(), *output.stride(), *v.stride(),
+            d_output, output, v, saved.query, saved.query_scales, saved.key, saved.key_transposed, saved.lse,
+            result["query"], result["query_transposed"], result["d_output"], result["d_output_transposed"],
+            result["rows"], result["key"], result["key_transposed"], result["value"],
+            *d_output.stride(), *output.stride(), *v.stride(),
             heads, kv_heads, query_length, key_length, query_tiles, key_tiles, query_programs,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, QUERY_TILE=recipe.query_tile, KEY_TILE=recipe.key_tile, num_warps=4,
+            HEAD_DIM=head_dim, BLOCK_D=saved.query.shape[2], QUERY_TILE=recipe.query_tile, KEY_TILE=recipe.key_tile,
+            num_warps=4,
         )  # fmt: skip
-    tensors = {
-        "query": query_image,
-        "query_transposed": query_transposed,
-        "d_output": d_output_image,
-        "d_output_transposed": d_output_transposed,
-        "rows": rows,
-        "key": key_image,
-        "key_transposed": key_transposed,
-        "value": value_image,
-        "key_scales": saved.key_scales,
-        "d_query": d_query,
-        "d_key": d_key,
-        "d_value": d_value,
-    }
+    return result
+
+
+def backward(
+    d_output: Tensor, v: Tensor, output: Tensor, saved: Saved, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ [B, H, Nq, D], dK and dV [B, Hkv, Nk, D], contiguous, in the dtype of `v`; no axis is empty."""
+    batch, heads, query_length, head_dim = output.shape
+    kv_heads, key_length = v.shape[1:3]
+    query_tiles, key_tiles = saved.query_scales.shape[1], saved.key_scales.shape[1]
+    d_query = torch.empty(output.shape, dtype=v.dtype, device=v.device)
+    d_key, d_value = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for _ in range(2))
+    tensors = make_images(d_output, v, output, saved)
+    tensors |= {"key_scales": saved.key_scales, "channel_scales": saved.channel_scales, "d_query": d_query, "d_key": d_key, "d_value": d_value}
     parameters = _Parameters(
         **{name: x.data_ptr() for name, x in tensors.items()},
         heads=heads,
@@ -98,14 +95,14 @@ def backward(
         softmax_scale=abs(scale),
         query_sign=-1.0 if scale < 0 else 1.0,
     )
-    key_value, query = _load(block_d, v.dtype, v.device)
+    key_value, query = _load(saved.query.shape[2], v.dtype, v.device)
     key_value.launch((batch * kv_heads * key_tiles, 1, 1), parameters)
     query.launch((batch * heads * -(-query_length // _QUERIES), 1, 1), parameters)
     return d_query, d_key, d_value
 
 
 def _variants(block_d: int, dtype: torch.dtype) -> tuple[KernelVariant, ...]:
-    return tuple(train_sm90_variant(entry, block_d, dtype == torch.bfloat16) for entry in _ENTRIES)
+    return tuple(train_sm90_variant(entry, block_d, dtype == torch.bfloat16) for entry in TRAIN_SM90_ENTRIES)
 
 
 @lru_cache

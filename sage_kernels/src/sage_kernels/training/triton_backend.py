@@ -33,6 +33,8 @@ def empty_saved(q: Tensor, k: Tensor, precision: str) -> Saved:
         q.new_empty((query_heads, query_tiles), dtype=torch.float32),
         q.new_empty((kv_heads, key_tiles * recipe.key_tile, block_d), dtype=CODES[precision]),
         q.new_empty((kv_heads, key_tiles), dtype=torch.float32),
+        q.new_empty((kv_heads, key_tiles, block_d, recipe.key_tile), dtype=CODES[precision]),
+        q.new_empty((kv_heads, block_d), dtype=torch.float32),
     )
 
 
@@ -62,16 +64,16 @@ def forward(
     value_codes, value_scales = torch.empty_like(saved.key), torch.empty_like(saved.key_scales)
     rows = 32 if block_d > 64 else 64
     steps = -(-key_length // rows)
-    partials = saved.lse.new_empty((batch * kv_heads, _CHUNKS, block_d))
+    partials = saved.lse.new_empty((3, batch * kv_heads, _CHUNKS, block_d))  # sums, largest and smallest
     with on_device(q.device):
         quantize.sum_keys[(batch * kv_heads * _CHUNKS,)](
-            k, partials, *k.stride(), kv_heads, key_length, -(-steps // _CHUNKS),
+            k, *partials, *k.stride(), kv_heads, key_length, -(-steps // _CHUNKS),
             HEAD_DIM=head_dim, BLOCK_D=block_d, ROWS=rows, CHUNKS=_CHUNKS, num_warps=8,
         )  # fmt: skip
         query_programs = batch * heads * query_tiles
         quantize.quantize_inputs[(query_programs + batch * kv_heads * key_tiles,)](
-            q, k, v, partials, saved.query, saved.query_scales, saved.key, saved.key_scales, value_codes, value_scales,
-            *q.stride(), *k.stride(), *v.stride(),
+            q, k, v, *partials, saved.query, saved.query_scales, saved.key, saved.key_scales,
+            saved.key_transposed, saved.channel_scales, value_codes, value_scales, *q.stride(), *k.stride(), *v.stride(),
             heads, kv_heads, query_length, key_length, query_tiles, key_tiles, query_programs, _sign(scale),
             HEAD_DIM=head_dim, BLOCK_D=block_d, QUERY_TILE=recipe.query_tile, KEY_TILE=recipe.key_tile, CHUNKS=_CHUNKS,
             FP8=fp8, num_warps=8,
@@ -115,7 +117,7 @@ def backward(
     block_d = saved.query.shape[2]
     config = config or find_config(device_architecture(v.device), block_d)
     query_tiles, key_tiles = saved.query_scales.shape[1], saved.key_scales.shape[1]
-    query_transposed, key_transposed = torch.empty_like(saved.query), torch.empty_like(saved.key)
+    query_transposed = torch.empty_like(saved.query)
     d_output_codes, d_output_scales = torch.empty_like(saved.query), torch.empty_like(saved.query_scales)
     delta = torch.empty_like(saved.lse)
     tiles = {"QUERY_TILE": recipe.query_tile, "KEY_TILE": recipe.key_tile, "FP8": fp8}
@@ -123,11 +125,10 @@ def backward(
     sizes = (heads, kv_heads, query_length, key_length, query_tiles, key_tiles)
     strides = (*v.stride()[:3], *d_output.stride()[:3])
     with on_device(v.device):
-        query_programs = batch * heads * query_tiles
-        quantize.prepare_backward[(query_programs + batch * kv_heads * key_tiles,)](
-            d_output, output, saved.query, saved.key, d_output_codes, d_output_scales, delta,
-            query_transposed, key_transposed, *d_output.stride(), *output.stride(),
-            heads, query_length, query_tiles, query_programs, **dims, **tiles, num_warps=4,
+        quantize.prepare_backward[(batch * heads * query_tiles,)](
+            d_output, output, saved.query, d_output_codes, d_output_scales, delta, query_transposed,
+            *d_output.stride(), *output.stride(), heads, query_length, query_tiles,
+            **dims, QUERY_TILE=recipe.query_tile, FP8=fp8, num_warps=4,
         )  # fmt: skip
         blocks, block = -(-key_length // config.key_value.block_n), config.key_value
         kernels.key_value_gradients[(batch * kv_heads * blocks,)](
@@ -138,8 +139,8 @@ def backward(
         )  # fmt: skip
         blocks, block = -(-query_length // config.query.block_m), config.query
         kernels.query_gradients[(batch * heads * blocks,)](
-            saved.query, saved.query_scales, saved.key, key_transposed, saved.key_scales, v, d_output,
-            saved.lse, delta, d_query, abs(scale), _sign(scale), *sizes, blocks,
+            saved.query, saved.query_scales, saved.key, saved.key_transposed, saved.key_scales,
+            saved.channel_scales, v, d_output, saved.lse, delta, d_query, abs(scale), _sign(scale), *sizes, blocks,
             *strides, **dims, BLOCK_M=block.block_m, BLOCK_N=block.block_n, CAUSAL=is_causal, **tiles,
             num_warps=block.warps, num_stages=block.stages,
         )  # fmt: skip

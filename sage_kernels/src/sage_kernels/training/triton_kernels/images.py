@@ -20,12 +20,12 @@ def _place(rows, chunks, ROW_BYTES: tl.constexpr):
 
 
 @triton.jit
-def _copy_codes(source, image, TILE: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[TILE, BLOCK_D] codes."""
-    rows, chunks = tl.arange(0, TILE)[:, None, None], tl.arange(0, BLOCK_D // 16)[None, :, None]
+def _copy_codes(source, image, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr):
+    """[ROWS, ROW_BYTES] codes."""
+    rows, chunks = tl.arange(0, ROWS)[:, None, None], tl.arange(0, ROW_BYTES // 16)[None, :, None]
     lanes = tl.arange(0, 16)[None, None, :]
-    codes = tl.load(source + rows * BLOCK_D + chunks * 16 + lanes)
-    tl.store(image + _place(rows, chunks, BLOCK_D) + lanes, codes)
+    codes = tl.load(source + rows * ROW_BYTES + chunks * 16 + lanes)
+    tl.store(image + _place(rows, chunks, ROW_BYTES) + lanes, codes)
 
 
 @triton.jit
@@ -66,6 +66,7 @@ def prepare_images(
     query_codes,
     query_scales,
     key_codes,
+    key_codes_transposed,
     lse,
     query_image,
     query_transposed,
@@ -137,9 +138,7 @@ def prepare_images(
         tile, head = index % key_tiles, index // key_tiles
         value += head // kv_heads * value_batch_stride + head % kv_heads * value_head_stride
         base = index * (KEY_TILE * BLOCK_D)
-        lanes = permuted(tl.arange(0, KEY_TILE))
-        k = tl.load(key_codes + base + lanes[:, None] * BLOCK_D + columns[None, :])
-        _store_transposed(k, key_transposed + base, KEY_TILE, BLOCK_D)
+        _copy_codes(key_codes_transposed + base, key_transposed + base, BLOCK_D, KEY_TILE)
         _copy_codes(key_codes + base, key_image + base, KEY_TILE, BLOCK_D)
         _copy_16bit(
             value, value_image + base, tile * KEY_TILE, key_length, value_row_stride, value_column_stride,
