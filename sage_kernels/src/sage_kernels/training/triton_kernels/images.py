@@ -134,13 +134,13 @@ def prepare_images(
             d_output_column_stride, HEAD_DIM, QUERY_TILE, BLOCK_D,
         )  # fmt: skip
     else:
-        index = (program - query_programs).to(tl.int64)
-        tile, head = index % key_tiles, index // key_tiles
-        value += head // kv_heads * value_batch_stride + head % kv_heads * value_head_stride
-        base = index * (KEY_TILE * BLOCK_D)
-        _copy_codes(key_codes_transposed + base, key_transposed + base, BLOCK_D, KEY_TILE)
-        _copy_codes(key_codes + base, key_image + base, KEY_TILE, BLOCK_D)
+        key_index = (program - query_programs).to(tl.int64)
+        key_tile, key_head = (key_index % key_tiles).to(tl.int32), key_index // key_tiles
+        value += key_head // kv_heads * value_batch_stride + key_head % kv_heads * value_head_stride
+        key_base = key_index * (KEY_TILE * BLOCK_D)
+        _copy_codes(key_codes_transposed + key_base, key_transposed + key_base, BLOCK_D, KEY_TILE)
+        _copy_codes(key_codes + key_base, key_image + key_base, KEY_TILE, BLOCK_D)
         _copy_16bit(
-            value, value_image + base, tile * KEY_TILE, key_length, value_row_stride, value_column_stride,
+            value, value_image + key_base, key_tile * KEY_TILE, key_length, value_row_stride, value_column_stride,
             HEAD_DIM, KEY_TILE, BLOCK_D,
         )  # fmt: skip
