@@ -38,6 +38,7 @@ METHODS: dict[str, TrainingRecipe] = {
     "fp8": FP8,
     "int8, K not smoothed": replace(INT8, smooth_k=False),
     "fp8, K not smoothed": replace(FP8, smooth_k=False),
+    "int8, one scale for each tile of K in dS K": replace(INT8, channel_keys=False),
     "int8, rowsum(dS) mean(k) added to dQ": replace(INT8, return_mean=True),
     "int8, tiles of 128 queries": replace(INT8, query_tile=128, backward_queries=128),
     "int8, every matmul": replace(INT8, exact=frozenset()),

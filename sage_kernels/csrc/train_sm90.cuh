@@ -6,18 +6,18 @@
 // Tiles as training/triton_kernels/images.py lays them out: rows of 64 or 128 bytes, 16-byte chunks swizzled as wgmma
 // reads them. Transposed ones hold tokens in the order in which accumulators become an 8-bit operand.
 struct TrainParams {
-  const u8* query;               // [B * H, query_tiles][64][HEAD_DIM]
-  const u8* query_transposed;    // [B * H, query_tiles][HEAD_DIM][64]
-  const u16* d_output;           // [B * H, query_tiles][HEAD_DIM / 64][64][64]
-  const u8* d_output_transposed; // [B * H, query_tiles][HEAD_DIM][64]
-  const float* rows;             // [B * H, query_tiles][kRowFloats]
-  const u8* key;                 // [B * Hkv, key_tiles][128][HEAD_DIM]
-  const u8* key_transposed;      // [B * Hkv, key_tiles][HEAD_DIM][128]
-  const u16* value;              // [B * Hkv, key_tiles][HEAD_DIM / 64][128][64]
-  const float* key_scales;       // [B * Hkv, key_tiles]
-  const float* channel_scales;   // [B * Hkv, HEAD_DIM], of the transposed K
-  u16* d_query;                  // [B * H, Nq, D]
-  u16* d_key;                    // [B * Hkv, Nk, D]
+  const u8* query;                // [B * H, query_tiles][64][HEAD_DIM]
+  const u8* query_transposed;     // [B * H, query_tiles][HEAD_DIM][64]
+  const u16* d_output;            // [B * H, query_tiles][HEAD_DIM / 64][64][64]
+  const u8* d_output_transposed;  // [B * H, query_tiles][HEAD_DIM][64]
+  const float* rows;              // [B * H, query_tiles][kRowFloats]
+  const u8* key;                  // [B * Hkv, key_tiles][128][HEAD_DIM]
+  const u8* key_transposed;       // [B * Hkv, key_tiles][HEAD_DIM][128]
+  const u16* value;               // [B * Hkv, key_tiles][HEAD_DIM / 64][128][64]
+  const float* key_scales;        // [B * Hkv, key_tiles]
+  const float* channel_scales;    // [B * Hkv, HEAD_DIM], of the transposed K
+  u16* d_query;                   // [B * H, Nq, D]
+  u16* d_key;                     // [B * Hkv, Nk, D]
   u16* d_value;
   int heads, kv_heads, query_length, key_length, query_tiles, key_tiles, head_dim, is_causal;
   float softmax_scale;  // not negative: its sign is in the codes of Q
@@ -25,8 +25,9 @@ struct TrainParams {
 };
 
 constexpr int kQueryTile = 64, kKeyTile = 128;
-constexpr int kRowFloats = 132;  // of a query tile: LSE (log2) [64], delta [64], scale of Q, scale of dO, nothing, nothing
-constexpr int kWarpgroups = 2;   // of consumers
+constexpr int kRowFloats =
+    132;  // of a query tile: LSE (log2) [64], delta [64], scale of Q, scale of dO, nothing, nothing
+constexpr int kWarpgroups = 2;  // of consumers
 constexpr int kThreads = 128 * (kWarpgroups + 1);
 constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
 constexpr int kSlabs = HEAD_DIM / 64;  // of 16-bit rows: 64 channels are the 128 bytes that a swizzle spans
@@ -60,37 +61,38 @@ DEVICE float load_shared_float(u32 address) {
 }
 
 // ---- wgmma, on registers that hold S, dP and products in turn, as bits ----------------------------------------------
-// multiply_codes: INT8, A and B in shared memory, or A in registers. multiply_16bit: float32 sums, both in shared memory.
+// multiply_codes: INT8, A and B in shared memory, or A in registers. multiply_16bit: float32 sums, both in shared
+// memory.
 #if BFLOAT16
 #define WGMMA_16BIT "f32.bf16.bf16"
 #else
 #define WGMMA_16BIT "f32.f16.f16"
 #endif
 
-#define DEFINE_TRAIN_WGMMA(count, columns, a0, a1, a2, a3, b, accumulate)                                              \
-  DEVICE void multiply_codes(u32(&d)[count], u64 a, u64 b_matrix, bool accumulates) {                                  \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #a2                                                              \
-                 ", 0;\n"                                                                                              \
-                 "wgmma.mma_async.sync.aligned.m64n" #columns "k32.s32.s8.s8 " REGS_##count ", %" #a0 ", %" #a1        \
-                 ", p;\n}\n"                                                                                           \
-                 : ARRAY_##count("+r", d)                                                                              \
-                 : "l"(a), "l"(b_matrix), "r"(static_cast<int>(accumulates)));                                         \
-  }                                                                                                                    \
-  DEVICE void multiply_16bit(u32(&d)[count], u64 a, u64 b_matrix, bool accumulates) {                                  \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #a2                                                              \
-                 ", 0;\n"                                                                                              \
-                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16." WGMMA_16BIT " " REGS_##count ", %" #a0 ", %" #a1  \
-                 ", p, 1, 1, 0, 0;\n}\n"                                                                               \
-                 : ARRAY_##count("+r", d)                                                                              \
-                 : "l"(a), "l"(b_matrix), "r"(static_cast<int>(accumulates)));                                         \
-  }                                                                                                                    \
-  DEVICE void multiply_codes(u32(&d)[count], const u32* a, u64 b_matrix, bool accumulates) {                           \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #accumulate                                                      \
-                 ", 0;\n"                                                                                              \
-                 "wgmma.mma_async.sync.aligned.m64n" #columns "k32.s32.s8.s8 " REGS_##count ", {%" #a0 ", %" #a1       \
-                 ", %" #a2 ", %" #a3 "}, %" #b ", p;\n}\n"                                                             \
-                 : ARRAY_##count("+r", d)                                                                              \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_matrix), "r"(static_cast<int>(accumulates)));     \
+#define DEFINE_TRAIN_WGMMA(count, columns, a0, a1, a2, a3, b, accumulate)                                          \
+  DEVICE void multiply_codes(u32(&d)[count], u64 a, u64 b_matrix, bool accumulates) {                              \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #a2                                                          \
+                 ", 0;\n"                                                                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k32.s32.s8.s8 " REGS_##count ", %" #a0 ", %" #a1    \
+                                                                                            ", p;\n}\n"            \
+                 : ARRAY_##count("+r", d)                                                                          \
+                 : "l"(a), "l"(b_matrix), "r"(static_cast<int>(accumulates)));                                     \
+  }                                                                                                                \
+  DEVICE void multiply_16bit(u32(&d)[count], u64 a, u64 b_matrix, bool accumulates) {                              \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #a2                                                          \
+                 ", 0;\n"                                                                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16." WGMMA_16BIT " " REGS_##count                  \
+                 ", %" #a0 ", %" #a1 ", p, 1, 1, 0, 0;\n}\n"                                                       \
+                 : ARRAY_##count("+r", d)                                                                          \
+                 : "l"(a), "l"(b_matrix), "r"(static_cast<int>(accumulates)));                                     \
+  }                                                                                                                \
+  DEVICE void multiply_codes(u32(&d)[count], const u32* a, u64 b_matrix, bool accumulates) {                       \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #accumulate                                                  \
+                 ", 0;\n"                                                                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k32.s32.s8.s8 " REGS_##count                        \
+                 ", {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", p;\n}\n"                                    \
+                 : ARRAY_##count("+r", d)                                                                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_matrix), "r"(static_cast<int>(accumulates))); \
   }
 
 DEFINE_TRAIN_WGMMA(32, 64, 32, 33, 34, 35, 36, 37)
@@ -112,7 +114,8 @@ DEVICE void issue_weight_gradients(u32 (&sums)[kCount], u32 left, int left_slab,
   wgmma_fence(sums);
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
-    const u64 a = matrix_descriptor<128>(left + slab * left_slab), b = matrix_descriptor<128>(right + slab * right_slab);
+    const u64 a = matrix_descriptor<128>(left + slab * left_slab),
+              b = matrix_descriptor<128>(right + slab * right_slab);
 #pragma unroll
     for (int step = 0; step < 4; ++step) multiply_16bit(sums, a + 2 * step, b + 2 * step, slab + step > 0);
   }
@@ -132,14 +135,16 @@ DEVICE void issue_product(u32 (&product)[kCount], const u32* codes, u32 right) {
 // ---- codes ---------------------------------------------------------------------------------------------------------
 // A thread holds rows lane / 4 and lane / 4 + 8 of its warp's 16: register i of an accumulator is of row i / 2 % 2.
 
-// The largest of a row over the four threads that share it. Bits of positive floats order as integers do, and those of a
-// NaN are above them.
+// The largest of a row over the four threads that share it. Bits of positive floats order as integers do, and those of
+// a NaN are above them.
 DEVICE int row_maximum(int x) {
   x = max(x, __shfl_xor_sync(~0u, x, 1));
   return max(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-DEVICE u32 low_bytes(u32 a, u32 b, u32 c, u32 d) { return __byte_perm(__byte_perm(a, b, 0x40), __byte_perm(c, d, 0x40), 0x5410); }
+DEVICE u32 low_bytes(u32 a, u32 b, u32 c, u32 d) {
+  return __byte_perm(__byte_perm(a, b, 0x40), __byte_perm(c, d, 0x40), 0x5410);
+}
 
 // Codes of numbers within their scale, as the left operand of products.
 template <int kCount>

@@ -81,11 +81,7 @@ struct Consumer {
   float d_key[HEAD_DIM / 2], d_value[HEAD_DIM / 2];
 
   DEVICE Consumer(const TrainParams& p, const Shared& shared)
-      : p(p),
-        shared(shared),
-        walk(p),
-        warpgroup(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0)),
-        lane(threadIdx.x % 32) {}
+      : p(p), shared(shared), walk(p), warpgroup(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0)), lane(threadIdx.x % 32) {}
 
   // P^T of 64 queries from S^T.
   DEVICE void weights(u32 rows, float factor) {
@@ -117,7 +113,8 @@ struct Consumer {
       const float2 delta = load_shared_pair(rows + 256 + 8 * i + lane % 4 * 8);
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        b[i + e] = __float_as_uint((__uint_as_float(b[i + e]) - (e % 2 ? delta.y : delta.x)) * __uint_as_float(a[i + e]));
+        b[i + e] =
+            __float_as_uint((__uint_as_float(b[i + e]) - (e % 2 ? delta.y : delta.x)) * __uint_as_float(a[i + e]));
     }
   }
 

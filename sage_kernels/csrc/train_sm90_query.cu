@@ -1,5 +1,5 @@
-// dQ of trainable attention in INT8 for sm_90a: a thread block keeps 128 queries, two warpgroups 64 each, and walks over
-// blocks of 128 keys that one producer thread copies into a ring.
+// dQ of trainable attention in INT8 for sm_90a: a thread block keeps 128 queries, two warpgroups 64 each, and walks
+// over blocks of 128 keys that one producer thread copies into a ring.
 //
 // S = Q K^T in INT8 and dP = dO V^T in 16 bits give dS in registers. Quantised with a scale for each query, it is the
 // left operand of dQ += dS K, whose right operand is a transposed INT8 tile.
@@ -69,7 +69,7 @@ struct Consumer {
   const Walk& walk;
   const int warpgroup, lane;
   Ring ring;
-  u32 scores[64];  // then P
+  u32 scores[64];     // then P
   u32 gradients[64];  // dP, then dS
   u32 codes[16];
   float d_query[HEAD_DIM / 2];

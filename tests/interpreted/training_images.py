@@ -22,7 +22,7 @@ def swizzled(tiles):
 
 
 def transposed(tiles):
-    """[..., tokens, D] as [..., D, tokens]: of 16 tokens, a thread's accumulators 2t, 2t+1, 2t+8, 2t+9 come together."""
+    """[..., tokens, D] as [..., D, tokens]: a thread's accumulators 2t, 2t+1, 2t+8, 2t+9 of 16 come together."""
     order = torch.tensor([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15])
     lanes = torch.arange(tiles.shape[-2]).view(-1, 16)[:, order].flatten()
     return tiles[..., lanes, :].mT.contiguous()

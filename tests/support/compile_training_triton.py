@@ -38,7 +38,9 @@ def main():
         tensors = make_tensors(1, 2, 1, 300, 300, head_dim, torch.bfloat16)
         run(*tensors, is_causal=is_causal, precision=precision)
         if (major, minor) == (9, 0):
-            sm90_backend.make_images(tensors[3], tensors[2], tensors[0], triton_backend.empty_saved(*tensors[:2], precision))
+            sm90_backend.make_images(
+                tensors[3], tensors[2], tensors[0], triton_backend.empty_saved(*tensors[:2], precision)
+            )
         for name, binary in compiled:
             case = f"{precision} D{head_dim}"
             print(json.dumps({"kernel": name, "case": case, "shared": binary.metadata.shared}), flush=True)

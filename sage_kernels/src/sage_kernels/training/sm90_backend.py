@@ -24,7 +24,10 @@ class _Parameters(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_uint64) for name in ("query", "query_transposed", "d_output", "d_output_transposed")),
-        *((name, ctypes.c_uint64) for name in ("rows", "key", "key_transposed", "value", "key_scales", "channel_scales")),
+        *(
+            (name, ctypes.c_uint64)
+            for name in ("rows", "key", "key_transposed", "value", "key_scales", "channel_scales")
+        ),
         *((name, ctypes.c_uint64) for name in ("d_query", "d_key", "d_value")),
         *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "query_length", "key_length")),
         *((name, ctypes.c_int32) for name in ("query_tiles", "key_tiles", "head_dim", "is_causal")),
@@ -81,7 +84,13 @@ def backward(
     d_query = torch.empty(output.shape, dtype=v.dtype, device=v.device)
     d_key, d_value = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for _ in range(2))
     tensors = make_images(d_output, v, output, saved)
-    tensors |= {"key_scales": saved.key_scales, "channel_scales": saved.channel_scales, "d_query": d_query, "d_key": d_key, "d_value": d_value}
+    tensors |= {
+        "key_scales": saved.key_scales,
+        "channel_scales": saved.channel_scales,
+        "d_query": d_query,
+        "d_key": d_key,
+        "d_value": d_value,
+    }
     parameters = _Parameters(
         **{name: x.data_ptr() for name, x in tensors.items()},
         heads=heads,

@@ -108,7 +108,11 @@ def backward(
     kv_heads, key_length = v.shape[1:3]
     if output.numel() == 0:
         return output.new_empty(output.shape), v.new_zeros(v.shape), v.new_zeros(v.shape)
-    if config is None and v.numel() and sm90_backend.serves(v.device, head_dim, saved.query.shape[2], v.dtype, precision):
+    if (
+        config is None
+        and v.numel()
+        and sm90_backend.serves(v.device, head_dim, saved.query.shape[2], v.dtype, precision)
+    ):
         return sm90_backend.backward(d_output, v, output, saved, is_causal, scale)
     # The kernels that multiply load rows of whole vectors.
     d_output, v = (x if x.stride(3) == 1 else x.contiguous() for x in (d_output, v))

@@ -1,0 +1,81 @@
+"""Which gradients the CUDA kernels for sm_90a compute, and their parameter."""
+
+import ctypes
+import re
+
+import pytest
+import torch
+
+from sage_kernels.architectures import find_architecture
+from sage_kernels.kernel_sources import source_folder
+from sage_kernels.kernel_variants import TRAIN_SM90_ENTRIES, TRAIN_SM90_HEAD_DIMS, train_sm90_variant
+from sage_kernels.training import sm90_backend
+from sage_kernels.training.configs import find_config
+from sage_kernels.training.recipe import RECIPES
+
+HOPPER = find_architecture((9, 0))
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Pretend a GPU."""
+    monkeypatch.setattr(sm90_backend, "loading_obstacle", lambda variant, target: None)
+    return lambda architecture: monkeypatch.setattr(sm90_backend, "device_architecture", lambda device: architecture)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "block_d", "precision", "served"),
+    [
+        (128, 128, "int8", True),
+        (40, 64, "int8", True),
+        (44, 64, "int8", False),  # rows that aren't whole vectors
+        (32, 32, "int8", False),
+        (128, 128, "fp8", False),
+    ],
+)
+def test_serves_int8_of_its_head_dims(on, head_dim, block_d, precision, served):
+    on(HOPPER)
+    assert sm90_backend.serves(CUDA, head_dim, block_d, torch.bfloat16, precision) is served
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_leaves_other_gpus_to_triton(on, capability):
+    on(find_architecture(capability))
+    assert not sm90_backend.serves(CUDA, 128, 128, torch.bfloat16, "int8")
+
+
+def test_leaves_the_cpu_to_triton():
+    assert not sm90_backend.serves(torch.device("cpu"), 128, 128, torch.bfloat16, "int8")
+
+
+def test_leaves_to_triton_what_can_not_be_loaded(on, monkeypatch):
+    on(HOPPER)
+    monkeypatch.setattr(sm90_backend, "loading_obstacle", lambda variant, target: "no compiler")
+    assert not sm90_backend.serves(CUDA, 128, 128, torch.bfloat16, "int8")
+
+
+@pytest.mark.parametrize("head_dim", TRAIN_SM90_HEAD_DIMS)
+@pytest.mark.parametrize("entry", TRAIN_SM90_ENTRIES)
+def test_kernels_fit_into_a_multiprocessor(entry, head_dim):
+    assert train_sm90_variant(entry, head_dim, True).shared_bytes <= HOPPER.shared_memory
+
+
+@pytest.mark.parametrize("head_dim", TRAIN_SM90_HEAD_DIMS)
+def test_cuda_and_triton_compute_one_recipe_on_hopper(head_dim):
+    text = (source_folder() / "train_sm90.cuh").read_text()
+    query_tile, key_tile = map(int, re.findall(r"kQueryTile = (\d+), kKeyTile = (\d+)", text)[0])
+    recipe = find_config(HOPPER, head_dim).recipe("int8")
+    assert (recipe.query_tile, recipe.key_tile) == (query_tile, key_tile)
+    assert (recipe.backward_queries, recipe.backward_keys) == (query_tile, key_tile)
+    assert RECIPES["int8"].query_tile == query_tile
+
+
+def test_the_parameter_has_the_fields_of_the_header():
+    text = (source_folder() / "train_sm90.cuh").read_text()
+    body = re.sub(r"//.*", "", text[text.index("struct TrainParams {") : text.index("};")].partition("{")[2])
+    sizes = {"float": ctypes.c_float, "int": ctypes.c_int32}
+    fields = []
+    for kind, star, names in re.findall(r"(?:const )?(\w+)(\*?) ([^;]+);", body):
+        fields += [(name.strip(), ctypes.c_uint64 if star else sizes[kind]) for name in names.split(",")]
+    assert tuple(fields) == sm90_backend._Parameters._fields_
