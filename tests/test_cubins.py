@@ -14,6 +14,7 @@ NATIVE_OPCODES: dict[str, dict[str, tuple[str, ...]]] = {
     "nvfp4_prepare": {},
     "int8_sm90_attention": {"sm_90a": ("IGMMA", "QGMMA")},
     "int8_sm90_prepare": {},
+    "train_sm90_forward": {"sm_90a": ("IGMMA",)},
     "train_sm90_key_value": {"sm_90a": ("IGMMA", "HGMMA")},
     "train_sm90_query": {"sm_90a": ("IGMMA", "HGMMA")},
 }

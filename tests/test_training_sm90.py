@@ -67,15 +67,25 @@ def test_cuda_and_triton_compute_one_recipe_on_hopper(head_dim):
     query_tile, key_tile = map(int, re.findall(r"kQueryTile = (\d+), kKeyTile = (\d+)", text)[0])
     recipe = find_config(HOPPER, head_dim).recipe("int8")
     assert (recipe.query_tile, recipe.key_tile) == (query_tile, key_tile)
+    assert recipe.forward_keys == key_tile
     assert (recipe.backward_queries, recipe.backward_keys) == (query_tile, key_tile)
     assert RECIPES["int8"].query_tile == query_tile
 
 
-def test_the_parameter_has_the_fields_of_the_header():
-    text = (source_folder() / "train_sm90.cuh").read_text()
-    body = re.sub(r"//.*", "", text[text.index("struct TrainParams {") : text.index("};")].partition("{")[2])
-    sizes = {"float": ctypes.c_float, "int": ctypes.c_int32}
+@pytest.mark.parametrize(
+    ("file", "struct", "parameters"),
+    [
+        ("train_sm90.cuh", "TrainParams", sm90_backend._Parameters),
+        ("train_sm90_forward.cu", "TrainForwardParams", sm90_backend._ForwardParameters),
+    ],
+)
+def test_parameters_have_the_fields_of_the_sources(file, struct, parameters):
+    text = (source_folder() / file).read_text()
+    body = re.sub(r"//.*", "", text[text.index(f"struct {struct} {{") :].partition("};")[0].partition("{")[2])
+    kinds = {"float": ctypes.c_float, "int": ctypes.c_int32, "i64": ctypes.c_int64 * 3}
     fields = []
     for kind, star, names in re.findall(r"(?:const )?(\w+)(\*?) ([^;]+);", body):
-        fields += [(name.strip(), ctypes.c_uint64 if star else sizes[kind]) for name in names.split(",")]
-    assert tuple(fields) == sm90_backend._Parameters._fields_
+        fields += [
+            (name.strip("* ").partition("[")[0], ctypes.c_uint64 if star else kinds[kind]) for name in names.split(",")
+        ]
+    assert tuple(fields) == parameters._fields_

@@ -180,15 +180,18 @@ def _int8_sm90() -> tuple[KernelVariant, ...]:
 
 
 TRAIN_SM90_HEAD_DIMS = (64, 128)
-TRAIN_SM90_ENTRIES = ("train_sm90_key_value", "train_sm90_query")
+TRAIN_SM90_ENTRIES = ("train_sm90_forward", "train_sm90_key_value", "train_sm90_query")
 
 
 @lru_cache
 def train_sm90_variant(entry: str, head_dim: int, is_bfloat16: bool) -> KernelVariant:
-    """Gradients in INT8 on wgmma: `entry` is train_sm90_key_value (dK and dV) or train_sm90_query (dQ)."""
+    """Trainable attention in INT8 on wgmma: `entry` is train_sm90_forward, train_sm90_key_value or train_sm90_query."""
     if entry == "train_sm90_key_value":  # K and V; Q, dO and their transposes; LSE, delta and scales; barriers
         stages = {64: 8, 128: 4}[head_dim]
         shared_bytes = 3 * 128 * head_dim + stages * (5 * 64 * head_dim + 4 * 132) + 8 * (2 * stages + 1)
+    elif entry == "train_sm90_forward":  # Q; K and V transposed; barriers
+        stages = {64: 8, 128: 5}[head_dim]
+        shared_bytes = 128 * head_dim + stages * 2 * 128 * head_dim + 8 * (2 * stages + 1)
     else:  # Q and dO; K, V and K transposed; barriers
         stages = {64: 4, 128: 2}[head_dim]
         shared_bytes = 3 * 128 * head_dim + stages * 4 * 128 * head_dim + 8 * (2 * stages + 1)

@@ -36,6 +36,19 @@ class _Parameters(ctypes.Structure):
     )
 
 
+class _ForwardParameters(ctypes.Structure):
+    """TrainForwardParams of csrc/train_sm90_forward.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in ("query", "key", "value_transposed")),
+        *((name, ctypes.c_uint64) for name in ("query_scales", "key_scales", "value_scales", "output", "lse")),
+        ("output_strides", ctypes.c_int64 * 3),
+        *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "query_length", "key_length")),
+        *((name, ctypes.c_int32) for name in ("query_tiles", "key_tiles", "head_dim", "is_causal")),
+        ("softmax_scale", ctypes.c_float),
+    )
+
+
 def serves(device: torch.device, head_dim: int, block_d: int, dtype: torch.dtype, precision: str) -> bool:
     """Whether these kernels compute the gradients of a call; Triton's do where not."""
     architecture = device_architecture(device)
@@ -44,6 +57,52 @@ def serves(device: torch.device, head_dim: int, block_d: int, dtype: torch.dtype
     if block_d not in _HEAD_DIMS or head_dim % _HEAD_DIM_STEP != 0:
         return False
     return all(loading_obstacle(variant, _TARGET) is None for variant in _variants(block_d, dtype))
+
+
+def attend(
+    saved: Saved,
+    value_codes: Tensor,
+    value_scales: Tensor,
+    output: Tensor,
+    key_length: int,
+    is_causal: bool,
+    scale: float,
+) -> None:
+    """Fill `output` [B, H, Nq, D] (last axis contiguous) and saved.lse from codes; value_codes are transposed tiles."""
+    from sage_kernels.training.triton_kernels import images  # noqa: PLC0415 Triton is imported by the first call
+
+    recipe = RECIPES["int8"]
+    batch, heads, query_length, head_dim = output.shape
+    block_d = saved.query.shape[2]
+    query_tiles, key_tiles = saved.query_scales.shape[1], saved.key_scales.shape[1]
+    query, key, value = (torch.empty_like(x) for x in (saved.query, saved.key, value_codes))
+    key_programs = saved.key_scales.numel()
+    with on_device(output.device):
+        images.copy_tiles[(saved.query_scales.numel(),)](saved.query, query, recipe.query_tile, block_d)
+        images.copy_tiles[(key_programs,)](saved.key, key, recipe.key_tile, block_d)
+        images.copy_tiles[(key_programs,)](value_codes, value, block_d, recipe.key_tile)
+    parameters = _ForwardParameters(
+        query=query.data_ptr(),
+        key=key.data_ptr(),
+        value_transposed=value.data_ptr(),
+        query_scales=saved.query_scales.data_ptr(),
+        key_scales=saved.key_scales.data_ptr(),
+        value_scales=value_scales.data_ptr(),
+        output=output.data_ptr(),
+        lse=saved.lse.data_ptr(),
+        output_strides=output.stride()[:3],
+        heads=heads,
+        kv_heads=saved.key.shape[0] // batch,
+        query_length=query_length,
+        key_length=key_length,
+        query_tiles=query_tiles,
+        key_tiles=key_tiles,
+        head_dim=head_dim,
+        is_causal=is_causal,
+        softmax_scale=abs(scale),
+    )
+    kernel = _load(block_d, output.dtype, output.device)[0]
+    kernel.launch((batch * heads * -(-query_length // _QUERIES), 1, 1), parameters)
 
 
 def make_images(d_output: Tensor, v: Tensor, output: Tensor, saved: Saved) -> dict[str, Tensor]:
@@ -104,7 +163,7 @@ def backward(
         softmax_scale=abs(scale),
         query_sign=-1.0 if scale < 0 else 1.0,
     )
-    key_value, query = _load(saved.query.shape[2], v.dtype, v.device)
+    _, key_value, query = _load(saved.query.shape[2], v.dtype, v.device)
     key_value.launch((batch * kv_heads * key_tiles, 1, 1), parameters)
     query.launch((batch * heads * -(-query_length // _QUERIES), 1, 1), parameters)
     return d_query, d_key, d_value

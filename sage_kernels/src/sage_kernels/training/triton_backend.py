@@ -59,6 +59,9 @@ def forward(
     if q.numel() == 0:
         return saved
     block_d = saved.query.shape[2]
+    in_cuda = (
+        config is None and bool(k.numel()) and sm90_backend.serves(q.device, head_dim, block_d, q.dtype, precision)
+    )
     config = config or find_config(device_architecture(q.device), block_d)
     query_tiles, key_tiles = saved.query_scales.shape[1], saved.key_scales.shape[1]
     value_codes, value_scales = torch.empty_like(saved.key), torch.empty_like(saved.key_scales)
@@ -73,11 +76,15 @@ def forward(
         query_programs = batch * heads * query_tiles
         quantize.quantize_inputs[(query_programs + batch * kv_heads * key_tiles,)](
             q, k, v, *partials, saved.query, saved.query_scales, saved.key, saved.key_scales,
-            saved.key_transposed, saved.channel_scales, value_codes, value_scales, *q.stride(), *k.stride(), *v.stride(),
-            heads, kv_heads, query_length, key_length, query_tiles, key_tiles, query_programs, _sign(scale),
+            saved.key_transposed, saved.channel_scales, value_codes, value_scales,
+            *q.stride(), *k.stride(), *v.stride(), heads, kv_heads, query_length, key_length,
+            query_tiles, key_tiles, query_programs, _sign(scale),
             HEAD_DIM=head_dim, BLOCK_D=block_d, QUERY_TILE=recipe.query_tile, KEY_TILE=recipe.key_tile, CHUNKS=_CHUNKS,
             FP8=fp8, num_warps=8,
         )  # fmt: skip
+        if in_cuda and output.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in output.stride()[:3]):
+            sm90_backend.attend(saved, value_codes, value_scales, output, key_length, is_causal, scale)
+            return saved
         blocks = -(-query_length // config.forward.block_m)
         kernels.attend[(batch * heads * blocks,)](
             saved.query, saved.query_scales, saved.key, saved.key_scales, value_codes, value_scales, output, saved.lse,

@@ -29,6 +29,13 @@ def _copy_codes(source, image, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr):
 
 
 @triton.jit
+def copy_tiles(source, image, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr):
+    """One tile [ROWS, ROW_BYTES] of codes."""
+    place = tl.program_id(0).to(tl.int64) * (ROWS * ROW_BYTES)
+    _copy_codes(source + place, image + place, ROWS, ROW_BYTES)
+
+
+@triton.jit
 def _store_transposed(codes, image, TILE: tl.constexpr, BLOCK_D: tl.constexpr):
     """Codes [TILE, BLOCK_D], whose rows were loaded in the order of permuted(), as [BLOCK_D, TILE]."""
     rows, chunks = tl.arange(0, BLOCK_D)[:, None, None], tl.arange(0, TILE // 16)[None, :, None]
