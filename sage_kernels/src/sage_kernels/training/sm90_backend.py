@@ -1,4 +1,7 @@
-"""The backward pass in CUDA for sm_90a: csrc/train_sm90_key_value.cu and csrc/train_sm90_query.cu."""
+"""The kernels that multiply, in CUDA for sm_90a: csrc/train_sm90_forward.cu, _key_value.cu and _query.cu.
+
+Triton's kernels quantise, and lay codes out as tiles that one copy brings to shared memory.
+"""
 
 import ctypes
 from functools import lru_cache
@@ -50,7 +53,7 @@ class _ForwardParameters(ctypes.Structure):
 
 
 def serves(device: torch.device, head_dim: int, block_d: int, dtype: torch.dtype, precision: str) -> bool:
-    """Whether these kernels compute the gradients of a call; Triton's do where not."""
+    """Whether these kernels compute a call, whose axes are not empty; Triton's do where not."""
     architecture = device_architecture(device)
     if precision != "int8" or architecture is None or architecture.target != _TARGET:
         return False

@@ -1,5 +1,7 @@
 """Launches of the Triton training kernels: three for the forward pass, three for the backward pass.
 
+Those that multiply give way to sm90_backend's where it serves the call, unless a config is given.
+
 Triton is imported by the first call: it may be missing (Windows, CPU builds of torch), and it is slow to load.
 """
 
