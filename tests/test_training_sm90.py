@@ -1,7 +1,11 @@
 """Which gradients the CUDA kernels for sm_90a compute, and their parameter."""
 
 import ctypes
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +16,9 @@ from sage_kernels.kernel_variants import TRAIN_SM90_ENTRIES, TRAIN_SM90_HEAD_DIM
 from sage_kernels.training import sm90_backend
 from sage_kernels.training.configs import find_config
 from sage_kernels.training.recipe import RECIPES
+from sm90_on_host import find_compiler
 
+ROOT = Path(__file__).resolve().parent.parent
 HOPPER = find_architecture((9, 0))
 CUDA = torch.device("cuda")
 
@@ -89,3 +95,17 @@ def test_parameters_have_the_fields_of_the_sources(file, struct, parameters):
             (name.strip("* ").partition("[")[0], ctypes.c_uint64 if star else kinds[kind]) for name in names.split(",")
         ]
     assert tuple(fields) == parameters._fields_
+
+
+@pytest.mark.skipif(
+    find_compiler() is None, reason="no C++ compiler (g++ or clang++) to compile the kernels for the CPU"
+)
+def test_kernels_agree_with_the_reference_on_the_cpu():
+    """In a process of its own, because Triton decides at import whether it interprets."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    packages = [str(source_folder().parent / "src"), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(packages), "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted/training_sm90.py"]
+    run = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stdout
+    assert " passed" in run.stdout

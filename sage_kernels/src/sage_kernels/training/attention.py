@@ -26,7 +26,7 @@ def trainable_attention(
     run to run. Works under torch.compile(fullgraph=True), autocast (float32 inputs are rounded to its dtype, as by
     torch's own attention), gradient checkpointing, DDP and FSDP. There is no second derivative. No input is changed.
 
-    For the backward pass it keeps Q in 8 bits, K twice in 8 bits, V, the output and the LSE. INT8 runs in CUDA on Hopper
+    For the backward pass it keeps Q in 8 bits, K twice in 8 bits, V, the output and the LSE. INT8 is CUDA on Hopper
     GPUs where head_dim is a multiple of 8 beyond 32, in Triton otherwise; both compute the same numbers.
 
     Args:
