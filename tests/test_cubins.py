@@ -14,9 +14,9 @@ NATIVE_OPCODES: dict[str, dict[str, tuple[str, ...]]] = {
     "nvfp4_prepare": {},
     "int8_sm90_attention": {"sm_90a": ("IGMMA", "QGMMA")},
     "int8_sm90_prepare": {},
-    "train_sm90_forward": {"sm_90a": ("IGMMA",)},
-    "train_sm90_key_value": {"sm_90a": ("IGMMA", "HGMMA")},
-    "train_sm90_query": {"sm_90a": ("IGMMA", "HGMMA")},
+    "training_sm90_forward": {"sm_90a": ("IGMMA",)},
+    "training_sm90_key_value": {"sm_90a": ("IGMMA", "HGMMA")},
+    "training_sm90_query": {"sm_90a": ("IGMMA", "HGMMA")},
 }
 EMULATION_MARKER = "sage_emulates_fp4"  # every source that can emulate defines this symbol when it does
 REGISTERS_PER_BLOCK, REGISTERS_PER_THREAD = 65536, 255

@@ -12,7 +12,7 @@ import torch
 
 from sage_kernels.architectures import find_architecture
 from sage_kernels.kernel_sources import source_folder
-from sage_kernels.kernel_variants import TRAIN_SM90_ENTRIES, TRAIN_SM90_HEAD_DIMS, train_sm90_variant
+from sage_kernels.kernel_variants import TRAINING_SM90_ENTRIES, TRAINING_SM90_HEAD_DIMS, training_sm90_variant
 from sage_kernels.training import sm90_backend
 from sage_kernels.training.configs import find_config
 from sage_kernels.training.recipe import RECIPES
@@ -61,15 +61,15 @@ def test_leaves_to_triton_what_can_not_be_loaded(on, monkeypatch):
     assert not sm90_backend.serves(CUDA, 128, 128, torch.bfloat16, "int8")
 
 
-@pytest.mark.parametrize("head_dim", TRAIN_SM90_HEAD_DIMS)
-@pytest.mark.parametrize("entry", TRAIN_SM90_ENTRIES)
+@pytest.mark.parametrize("head_dim", TRAINING_SM90_HEAD_DIMS)
+@pytest.mark.parametrize("entry", TRAINING_SM90_ENTRIES)
 def test_kernels_fit_into_a_multiprocessor(entry, head_dim):
-    assert train_sm90_variant(entry, head_dim, True).shared_bytes <= HOPPER.shared_memory
+    assert training_sm90_variant(entry, head_dim, True).shared_bytes <= HOPPER.shared_memory
 
 
-@pytest.mark.parametrize("head_dim", TRAIN_SM90_HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", TRAINING_SM90_HEAD_DIMS)
 def test_cuda_and_triton_compute_one_recipe_on_hopper(head_dim):
-    text = (source_folder() / "train_sm90.cuh").read_text()
+    text = (source_folder() / "training_sm90.cuh").read_text()
     query_tile, key_tile = map(int, re.findall(r"kQueryTile = (\d+), kKeyTile = (\d+)", text)[0])
     recipe = find_config(HOPPER, head_dim).recipe("int8")
     assert (recipe.query_tile, recipe.key_tile) == (query_tile, key_tile)
@@ -81,8 +81,8 @@ def test_cuda_and_triton_compute_one_recipe_on_hopper(head_dim):
 @pytest.mark.parametrize(
     ("file", "struct", "parameters"),
     [
-        ("train_sm90.cuh", "TrainParams", sm90_backend._Parameters),
-        ("train_sm90_forward.cu", "TrainForwardParams", sm90_backend._ForwardParameters),
+        ("training_sm90.cuh", "TrainParams", sm90_backend._Parameters),
+        ("training_sm90_forward.cu", "TrainForwardParams", sm90_backend._ForwardParameters),
     ],
 )
 def test_parameters_have_the_fields_of_the_sources(file, struct, parameters):

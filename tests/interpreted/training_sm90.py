@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sage_kernels.architectures import find_architecture
-from sage_kernels.kernel_variants import TRAIN_SM90_ENTRIES, train_sm90_variant
+from sage_kernels.kernel_variants import TRAINING_SM90_ENTRIES, training_sm90_variant
 from sage_kernels.training import sm90_backend
 from sage_kernels.training.configs import find_config
 from sm90_on_host import HostKernel
@@ -26,7 +26,9 @@ def kernels(tmp_path_factory):
 
     def load(block_d, dtype, device):
         if (block_d, dtype) not in loaded:
-            variants = (train_sm90_variant(entry, block_d, dtype == torch.bfloat16) for entry in TRAIN_SM90_ENTRIES)
+            variants = (
+                training_sm90_variant(entry, block_d, dtype == torch.bfloat16) for entry in TRAINING_SM90_ENTRIES
+            )
             loaded[block_d, dtype] = tuple(HostKernel(variant, folder) for variant in variants)
         return loaded[block_d, dtype]
 

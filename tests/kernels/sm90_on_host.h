@@ -1,5 +1,5 @@
 // csrc/sm90.cuh for a host: each thread of a block is a thread, wgmma is computed where it is issued, from the same
-// descriptors and swizzles. For csrc/train_sm90_*.cu; what they don't use is not here.
+// descriptors and swizzles. For csrc/training_sm90_*.cu; what they don't use is not here.
 #pragma once
 #include <pthread.h>
 #include <unistd.h>

@@ -1,4 +1,4 @@
-"""csrc/train_sm90_*.cu compiled for this machine's CPU, with tests/kernels/sm90_on_host.h in place of sm90.cuh."""
+"""csrc/training_sm90_*.cu compiled for this machine's CPU, with tests/kernels/sm90_on_host.h in place of sm90.cuh."""
 
 import ctypes
 import re
@@ -21,10 +21,10 @@ class HostKernel:
 
     def __init__(self, variant, folder):
         texts = collect_sources(source_folder(), variant.source)
-        # Functions that are PTX are the host header's; they stand between these lines of train_sm90.cuh.
-        shared = texts["train_sm90.cuh"].replace('#include "sm90.cuh"', f'#include "{HEADER}"')
+        # Functions that are PTX are the host header's; they stand between these lines of training_sm90.cuh.
+        shared = texts["training_sm90.cuh"].replace('#include "sm90.cuh"', f'#include "{HEADER}"')
         shared, cut = re.subn(r"(?s)DEVICE float2 load_shared_pair.*?(?=// S or its transpose)", "", shared)
-        source = texts[variant.source].replace('#include "train_sm90.cuh"', shared.replace("#pragma once", ""))
+        source = texts[variant.source].replace('#include "training_sm90.cuh"', shared.replace("#pragma once", ""))
         memory = "extern __shared__ __align__(1024) u8 memory[];"
         assert cut == 1
         assert memory in source

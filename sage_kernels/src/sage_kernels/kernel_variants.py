@@ -179,17 +179,17 @@ def _int8_sm90() -> tuple[KernelVariant, ...]:
     return (*(int8_sm90_attention_variant(form) for form in FORMS), *preparations)
 
 
-TRAIN_SM90_HEAD_DIMS = (64, 128)
-TRAIN_SM90_ENTRIES = ("train_sm90_forward", "train_sm90_key_value", "train_sm90_query")
+TRAINING_SM90_HEAD_DIMS = (64, 128)
+TRAINING_SM90_ENTRIES = ("training_sm90_forward", "training_sm90_key_value", "training_sm90_query")
 
 
 @lru_cache
-def train_sm90_variant(entry: str, head_dim: int, is_bfloat16: bool) -> KernelVariant:
-    """Trainable attention in INT8 on wgmma: `entry` is train_sm90_forward, train_sm90_key_value or train_sm90_query."""
-    if entry == "train_sm90_key_value":  # K and V; Q, dO and their transposes; LSE, delta and scales; barriers
+def training_sm90_variant(entry: str, head_dim: int, is_bfloat16: bool) -> KernelVariant:
+    """Trainable attention in INT8 on wgmma: the forward pass, or dK and dV, or dQ, as `entry` says."""
+    if entry == "training_sm90_key_value":  # K and V; Q, dO and their transposes; LSE, delta and scales; barriers
         stages = {64: 8, 128: 4}[head_dim]
         shared_bytes = 3 * 128 * head_dim + stages * (5 * 64 * head_dim + 4 * 132) + 8 * (2 * stages + 1)
-    elif entry == "train_sm90_forward":  # Q; K and V transposed; barriers
+    elif entry == "training_sm90_forward":  # Q; K and V transposed; barriers
         stages = {64: 8, 128: 5}[head_dim]
         shared_bytes = 128 * head_dim + stages * 2 * 128 * head_dim + 8 * (2 * stages + 1)
     else:  # Q and dO; K, V and K transposed; barriers
@@ -210,11 +210,11 @@ def train_sm90_variant(entry: str, head_dim: int, is_bfloat16: bool) -> KernelVa
     )
 
 
-def _train_sm90() -> tuple[KernelVariant, ...]:
+def _training_sm90() -> tuple[KernelVariant, ...]:
     return tuple(
-        train_sm90_variant(entry, head_dim, is_bfloat16)
-        for entry in TRAIN_SM90_ENTRIES
-        for head_dim in TRAIN_SM90_HEAD_DIMS
+        training_sm90_variant(entry, head_dim, is_bfloat16)
+        for entry in TRAINING_SM90_ENTRIES
+        for head_dim in TRAINING_SM90_HEAD_DIMS
         for is_bfloat16 in (False, True)
     )
 
@@ -223,7 +223,7 @@ _FAMILIES: tuple[Callable[[], tuple[KernelVariant, ...]], ...] = (
     _nvfp4_attention,
     _nvfp4_prepare,
     _int8_sm90,
-    _train_sm90,
+    _training_sm90,
 )
 
 VARIANTS: tuple[KernelVariant, ...] = tuple(variant for family in _FAMILIES for variant in family())

@@ -1,4 +1,4 @@
-"""The kernels that multiply, in CUDA for sm_90a: csrc/train_sm90_forward.cu, _key_value.cu and _query.cu.
+"""The kernels that multiply, in CUDA for sm_90a: csrc/training_sm90_forward.cu, _key_value.cu and _query.cu.
 
 Triton's kernels quantise, and lay codes out as tiles that one copy brings to shared memory.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sage_kernels.architectures import device_architecture
 from sage_kernels.cubin_loader import LoadedKernel, load_kernel, loading_obstacle
-from sage_kernels.kernel_variants import TRAIN_SM90_ENTRIES, KernelVariant, train_sm90_variant
+from sage_kernels.kernel_variants import TRAINING_SM90_ENTRIES, KernelVariant, training_sm90_variant
 from sage_kernels.training.recipe import RECIPES
 from sage_kernels.training.saved import Saved
 from sage_kernels.training.triton_launch import on_device
@@ -23,7 +23,7 @@ _QUERIES = 128  # of a thread block of dQ
 
 
 class _Parameters(ctypes.Structure):
-    """csrc/train_sm90.cuh."""
+    """csrc/training_sm90.cuh."""
 
     _fields_ = (
         *((name, ctypes.c_uint64) for name in ("query", "query_transposed", "d_output", "d_output_transposed")),
@@ -40,7 +40,7 @@ class _Parameters(ctypes.Structure):
 
 
 class _ForwardParameters(ctypes.Structure):
-    """TrainForwardParams of csrc/train_sm90_forward.cu."""
+    """TrainForwardParams of csrc/training_sm90_forward.cu."""
 
     _fields_ = (
         *((name, ctypes.c_uint64) for name in ("query", "key", "value_transposed")),
@@ -173,7 +173,7 @@ def backward(
 
 
 def _variants(block_d: int, dtype: torch.dtype) -> tuple[KernelVariant, ...]:
-    return tuple(train_sm90_variant(entry, block_d, dtype == torch.bfloat16) for entry in TRAIN_SM90_ENTRIES)
+    return tuple(training_sm90_variant(entry, block_d, dtype == torch.bfloat16) for entry in TRAINING_SM90_ENTRIES)
 
 
 @lru_cache

@@ -1,7 +1,7 @@
 """What the backward kernels for sm_90a read: tiles in the order in which Hopper's tensor cores find them in memory.
 
 Rows of 64 or 128 bytes, their chunks of 16 bytes swizzled, so that a tile is one contiguous copy to shared memory.
-Shapes and order are those of csrc/train_sm90.cuh.
+Shapes and order are those of csrc/training_sm90.cuh.
 """
 
 import triton

@@ -4,8 +4,8 @@
 // S = Q K^T in INT8 and dP = dO V^T in 16 bits give dS in registers. Quantised with a scale for each query, it is the
 // left operand of dQ += dS K, whose right operand is a transposed INT8 tile.
 //
-// Compile-time: as train_sm90.cuh, and STAGES of the ring.
-#include "train_sm90.cuh"
+// Compile-time: as training_sm90.cuh, and STAGES of the ring.
+#include "training_sm90.cuh"
 
 constexpr int kTileBytes = kKeyTile * HEAD_DIM;  // of K and of its transpose; V has twice as many
 constexpr int kStageBytes = 4 * kTileBytes;
@@ -175,7 +175,7 @@ struct Consumer {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1) train_sm90_query(const __grid_constant__ TrainParams p) {
+extern "C" __global__ void __launch_bounds__(kThreads, 1) training_sm90_query(const __grid_constant__ TrainParams p) {
   extern __shared__ __align__(1024) u8 memory[];
   const Shared shared{shared_address(memory)};
   const Walk walk(p);

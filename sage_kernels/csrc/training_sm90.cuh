@@ -1,5 +1,5 @@
-// What train_sm90_key_value.cu and train_sm90_query.cu share: their parameter, their wgmma, 8-bit codes in registers.
-// Compile-time: HEAD_DIM 64 | 128, to which the images are padded; BFLOAT16 1 | 0 (float16), of dO and V.
+// What training_sm90_key_value.cu and training_sm90_query.cu share: their parameter, their wgmma, 8-bit codes in
+// registers. Compile-time: HEAD_DIM 64 | 128, to which the images are padded; BFLOAT16 1 | 0 (float16), of dO and V.
 #pragma once
 #include "sm90.cuh"
 

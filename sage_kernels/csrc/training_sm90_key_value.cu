@@ -5,8 +5,8 @@
 // they are the left operands of dV += P^T dO and dK += dS^T Q, whose right operands are transposed INT8 tiles.
 // Registers: 2 * HEAD_DIM / 2 sums, and two arrays of 32 that hold S^T and dP^T, then 64 channels of a product in turn.
 //
-// Compile-time: as train_sm90.cuh, and STAGES of the ring.
-#include "train_sm90.cuh"
+// Compile-time: as training_sm90.cuh, and STAGES of the ring.
+#include "training_sm90.cuh"
 
 constexpr int kTileBytes = kQueryTile * HEAD_DIM;  // of Q, of its transpose, of dO's; dO has twice as many
 constexpr int kStageBytes = 5 * kTileBytes;
@@ -205,7 +205,8 @@ struct Consumer {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1) train_sm90_key_value(const __grid_constant__ TrainParams p) {
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    training_sm90_key_value(const __grid_constant__ TrainParams p) {
   extern __shared__ __align__(1024) u8 memory[];
   const Shared shared{shared_address(memory)};
   if (threadIdx.x == 0) {

@@ -4,8 +4,8 @@
 // Each block's largest weight of a query becomes the largest code, so that its scale is known without another maximum.
 // P V of one block and Q K^T of the next are on their way while the next weights are computed.
 //
-// Compile-time: as train_sm90.cuh, and STAGES of the ring.
-#include "train_sm90.cuh"
+// Compile-time: as training_sm90.cuh, and STAGES of the ring.
+#include "training_sm90.cuh"
 
 struct TrainForwardParams {
   const u8* query;             // [B * H, query_tiles][64][HEAD_DIM]
@@ -218,7 +218,7 @@ struct Consumer {
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    train_sm90_forward(const __grid_constant__ TrainForwardParams p) {
+    training_sm90_forward(const __grid_constant__ TrainForwardParams p) {
   extern __shared__ __align__(1024) u8 memory[];
   const Shared shared{shared_address(memory)};
   const Walk walk(p);
