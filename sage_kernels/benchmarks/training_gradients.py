@@ -60,6 +60,7 @@ def recipes(number: str) -> dict[str, TrainingRecipe]:
 METHODS = {
     **recipes("int8"),
     **recipes("fp8"),
+    "int8, one scale for each tile of K in dS K": replace(INT8, channel_keys=False),
     "int8, rowsum(dS) mean(k) added to dQ": replace(INT8, return_mean=True),
     "int8, tiles of 128 queries": replace(INT8, query_tile=128, backward_queries=128),
     "int8, 128 keys share a scale of dS in dS K": replace(INT8, backward_keys=128),

@@ -90,6 +90,16 @@ def test_scales_agree_with_the_reference(within, scale):
     check(within, make_tensors(1, 2, 2, 300, 300, 64, BF16, CUDA), "int8", is_causal=True, scale=scale)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_tritons_gradients_agree_with_the_reference_too(within, head_dim):
+    config = find_config(device_architecture(CUDA), head_dim)  # given, it means Triton
+    tensors = make_tensors(2, 4, 2, 333, 500, head_dim, BF16, CUDA)
+    found, _ = run(*tensors, is_causal=True, config=config)
+    wanted, _ = expected(*tensors, config.recipe("int8"), is_causal=True)
+    for x, y in zip(found, wanted, strict=True):
+        within(relative_l1(x, y), BOUND["int8"])
+
+
 def test_long_sequences_agree_with_the_reference(within):
     check(within, make_tensors(1, 1, 1, 8192, 8192, 128, BF16, CUDA), "int8", is_causal=True)
 

@@ -42,7 +42,8 @@ FAMILIES: dict[str, FamilySources] = {
         ("int8_*.cu",), ("kernels/triton_int8/*.py", "kernels/int8_configs.py", "kernels/int8_operands.py")
     ),
     "training": FamilySources(
-        ("training_*.cu",), ("training/triton_kernels/*.py", "training/configs.py", "training/recipe.py")
+        ("training_*.cu",),
+        ("training/triton_kernels/*.py", "training/*_backend.py", "training/configs.py", "training/recipe.py"),
     ),
     "kv_cache": FamilySources(("kv_cache_*.cu",), ("kv_cache/*.py",)),
 }

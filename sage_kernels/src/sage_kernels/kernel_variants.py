@@ -206,11 +206,52 @@ def _kv_cache() -> tuple[KernelVariant, ...]:
     return tuple(kv_cache_variant(head_dim, rows) for head_dim in KV_CACHE_HEAD_DIMS for rows in KV_CACHE_ROWS)
 
 
+TRAINING_SM90_HEAD_DIMS = (64, 128)
+TRAINING_SM90_ENTRIES = ("training_sm90_forward", "training_sm90_key_value", "training_sm90_query")
+
+
+@lru_cache
+def training_sm90_variant(entry: str, head_dim: int, is_bfloat16: bool) -> KernelVariant:
+    """Trainable attention in INT8 on wgmma: the forward pass, or dK and dV, or dQ, as `entry` says."""
+    if entry == "training_sm90_key_value":  # K and V; Q, dO and their transposes; LSE, delta and scales; barriers
+        stages = {64: 8, 128: 4}[head_dim]
+        shared_bytes = 3 * 128 * head_dim + stages * (5 * 64 * head_dim + 4 * 132) + 8 * (2 * stages + 1)
+    elif entry == "training_sm90_forward":  # Q; K and V transposed; barriers
+        stages = {64: 8, 128: 5}[head_dim]
+        shared_bytes = 128 * head_dim + stages * 2 * 128 * head_dim + 8 * (2 * stages + 1)
+    else:  # Q and dO; K, V and K transposed; barriers
+        stages = {64: 4, 128: 2}[head_dim]
+        shared_bytes = 3 * 128 * head_dim + stages * 4 * 128 * head_dim + 8 * (2 * stages + 1)
+    return KernelVariant(
+        family=entry,
+        source=f"{entry}.cu",
+        entry=entry,
+        defines=(("HEAD_DIM", head_dim), ("BFLOAT16", int(is_bfloat16)), ("STAGES", stages)),
+        head_dim=head_dim,
+        causal=False,
+        mask="none",
+        dtype="bfloat16" if is_bfloat16 else "float16",
+        threads=384,
+        shared_bytes=shared_bytes,
+        archs=("sm_90a",),
+    )
+
+
+def _training_sm90() -> tuple[KernelVariant, ...]:
+    return tuple(
+        training_sm90_variant(entry, head_dim, is_bfloat16)
+        for entry in TRAINING_SM90_ENTRIES
+        for head_dim in TRAINING_SM90_HEAD_DIMS
+        for is_bfloat16 in (False, True)
+    )
+
+
 _FAMILIES: tuple[Callable[[], tuple[KernelVariant, ...]], ...] = (
     _nvfp4_attention,
     _nvfp4_prepare,
     _int8_sm90,
     _kv_cache,
+    _training_sm90,
 )
 
 VARIANTS: tuple[KernelVariant, ...] = tuple(variant for family in _FAMILIES for variant in family())

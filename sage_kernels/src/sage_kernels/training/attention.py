@@ -26,7 +26,8 @@ def trainable_attention(
     run to run. Works under torch.compile(fullgraph=True), autocast (float32 inputs are rounded to its dtype, as by
     torch's own attention), gradient checkpointing, DDP and FSDP. There is no second derivative. No input is changed.
 
-    For the backward pass it keeps Q and K in 8 bits, V, the output and the LSE.
+    For the backward pass it keeps Q in 8 bits, K twice in 8 bits, V, the output and the LSE. INT8 is CUDA on Hopper
+    GPUs where head_dim is a multiple of 8 beyond 32, in Triton otherwise; both compute the same numbers.
 
     Args:
         q: [B, H, Nq, D], or [B, Nq, H, D] with layout="BNHD"; float16, bfloat16 or float32; D 1 to 128, any strides.

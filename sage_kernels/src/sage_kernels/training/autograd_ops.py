@@ -3,6 +3,7 @@
 Tensors are [B, H, N, D] in 16 bits. `emulate` chooses the plain PyTorch reference, which runs on any device.
 """
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,8 +13,13 @@ from sage_kernels.kernels.tensor_layout import empty_output
 from sage_kernels.training import reference, triton_backend
 from sage_kernels.training.recipe import RECIPES
 from sage_kernels.training.refusals import require_kernels
+from sage_kernels.training.saved import Saved
 
-_SAVED = "Tensor lse, Tensor query, Tensor query_scales, Tensor key, Tensor key_scales"
+_SAVED = (
+    "Tensor lse, Tensor query, Tensor query_scales, Tensor key, Tensor key_scales, Tensor key_transposed, "
+    "Tensor channel_scales"
+)
+_SAVED_TENSORS = len(fields(Saved))
 _OPTIONS = "bool is_causal, float scale, str layout, str precision, bool emulate"
 _FORWARD = f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor output, {_SAVED})"
 _TENSORS = f"Tensor d_output, Tensor? q, Tensor? k, Tensor v, Tensor output, {_SAVED}"
@@ -53,11 +59,10 @@ def differentiate(
     d_output: Tensor, q: Tensor | None, k: Tensor | None, v: Tensor, output: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK and dV, contiguous, in the dtype of v; q and k are given where emulated."""
-    saved, (is_causal, scale, _, precision, emulate) = rest[:5], rest[5:]
+    saved, (is_causal, scale, _, precision, emulate) = rest[:_SAVED_TENSORS], rest[_SAVED_TENSORS:]
     if not emulate:
-        lse, query, query_scales, key, key_scales = saved
         dtype = triton_backend.CODES[precision]
-        codes = triton_backend.Saved(lse, query.view(dtype), query_scales, key.view(dtype), key_scales)
+        codes = Saved(*(x.view(dtype) if x.dtype == torch.int8 else x for x in saved))
         return triton_backend.backward(d_output, v, output, codes, is_causal, scale, precision)
     assert q is not None
     assert k is not None
@@ -101,9 +106,9 @@ def _empty_output(q: Tensor, layout: str) -> Tensor:
 
 
 def _nothing(q: Tensor) -> tuple[Tensor, ...]:
-    return tuple(q.new_empty(0, dtype=torch.float32) for _ in range(5))
+    return tuple(q.new_empty(0, dtype=torch.float32) for _ in range(_SAVED_TENSORS))
 
 
-def _as_integers(saved: triton_backend.Saved) -> tuple[Tensor, ...]:
+def _as_integers(saved: Saved) -> tuple[Tensor, ...]:
     """Its tensors; codes as integers, because autograd takes FP8 for something that has gradients."""
     return tuple(x if x.dtype == torch.float32 else x.view(torch.int8) for x in vars(saved).values())

@@ -49,7 +49,10 @@ class TrainingConfig:
 
 
 def find_config(architecture: Architecture | None, block_d: int) -> TrainingConfig:
-    """The row for a head_dim padded to `block_d`; None is Triton's interpreter on the CPU."""
+    """The row for a head_dim padded to `block_d`; None is Triton's interpreter on the CPU.
+
+    On Hopper the CUDA kernels of sm90_backend compute the same recipe in place of these.
+    """
     if architecture is not None and architecture.shared_memory >= 227 << 10:
         if block_d <= 64:
             return TrainingConfig(BlockConfig(64, 128, 4, 3), BlockConfig(64, 128, 8, 3), BlockConfig(128, 128, 8, 2))

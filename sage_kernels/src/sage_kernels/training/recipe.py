@@ -18,6 +18,8 @@ class TrainingRecipe:
         forward_keys: keys for which one query's weights P share a scale in P V.
         backward_queries: queries for which one key's P and dS share a scale in P^T dO and dS^T Q.
         backward_keys: keys for which one query's dS share a scale in dS K.
+        channel_keys: in dS K, K has a scale for each channel, which all keys of a head share, rather than one for
+            each key_tile: channels of trained models differ by far more than keys do.
         smooth_k: subtract the mean key first.
         return_mean: add rowsum(dS) * mean(k) to dQ. In exact arithmetic every row of dS sums to zero.
         exact: matmuls whose operands keep 16 bits.
@@ -29,6 +31,7 @@ class TrainingRecipe:
     forward_keys: int = 128
     backward_queries: int = 64
     backward_keys: int = 64
+    channel_keys: bool = True
     smooth_k: bool = True
     return_mean: bool = False
     exact: frozenset[Matmul] = frozenset({"dp"})

@@ -86,7 +86,7 @@ def backward(saved: SavedForward, d_output: Tensor, recipe: TrainingRecipe) -> t
     d_value = _product(weights, columns, d_out, d_out_codes, recipe, "dv", transpose=True)
     query = saved.query if "qk" not in recipe.exact else quantized(saved.query, recipe, (recipe.query_tile, -1))
     d_key = _product(d_scores, columns, saved.query_exact, query, recipe, "dk", transpose=True) * saved.scale
-    key = saved.key if "qk" not in recipe.exact else quantized(saved.key, recipe, (recipe.key_tile, -1))
+    key = quantized(saved.key_exact, recipe, (-1, 1) if recipe.channel_keys else (recipe.key_tile, -1))
     operands = (_expand(saved.key_exact, d_out), _expand(key, d_out))
     d_query = _product(d_scores, (1, recipe.backward_keys), *operands, recipe, "dq") * saved.scale
     if recipe.return_mean:
@@ -100,7 +100,7 @@ def quantized(x: Tensor, recipe: TrainingRecipe, block: tuple[int, int]) -> Tens
     A block with a NaN or an infinity becomes NaN, one of zeros stays zero.
     """
     rows, columns = x.shape[-2:]
-    height, width = block[0], columns if block[1] == -1 else block[1]
+    height, width = (size if size != -1 else whole for size, whole in zip(block, (rows, columns), strict=True))
     padded = torch.nn.functional.pad(x, (0, -columns % width, 0, -rows % height))
     shape = (*x.shape[:-2], padded.shape[-2] // height, height, padded.shape[-1] // width, width)
     blocks = padded.reshape(shape)

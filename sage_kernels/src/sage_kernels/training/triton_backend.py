@@ -1,37 +1,22 @@
 """Launches of the Triton training kernels: three for the forward pass, three for the backward pass.
 
+Those that multiply give way to sm90_backend's where it serves the call, unless a config is given.
+
 Triton is imported by the first call: it may be missing (Windows, CPU builds of torch), and it is slow to load.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sage_kernels.architectures import device_architecture
+from sage_kernels.training import sm90_backend
 from sage_kernels.training.configs import TrainingConfig, find_config
 from sage_kernels.training.recipe import RECIPES
+from sage_kernels.training.saved import Saved
 from sage_kernels.training.triton_launch import on_device
 
 _CHUNKS = 16  # pieces of a head's keys that are summed up side by side for their mean
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-
-
-@dataclass(frozen=True, eq=False)
-class Saved:
-    """What the forward pass leaves to the backward pass besides V and O. Padding is zero; block_d is D rounded up.
-
-    Attributes:
-        lse: float32 [B * H, Mq], of log2, without the mean key's part; infinite in rows of padding.
-        query, key: codes [B * H, Mq, block_d] and [B * Hkv, Mk, block_d], K without its mean over the tokens.
-        query_scales, key_scales: float32 [B * H, Mq / query_tile] and [B * Hkv, Mk / key_tile].
-    """
-
-    lse: Tensor
-    query: Tensor
-    query_scales: Tensor
-    key: Tensor
-    key_scales: Tensor
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -50,6 +35,8 @@ def empty_saved(q: Tensor, k: Tensor, precision: str) -> Saved:
         q.new_empty((query_heads, query_tiles), dtype=torch.float32),
         q.new_empty((kv_heads, key_tiles * recipe.key_tile, block_d), dtype=CODES[precision]),
         q.new_empty((kv_heads, key_tiles), dtype=torch.float32),
+        q.new_empty((kv_heads, key_tiles, block_d, recipe.key_tile), dtype=CODES[precision]),
+        q.new_empty((kv_heads, block_d), dtype=torch.float32),
     )
 
 
@@ -74,25 +61,32 @@ def forward(
     if q.numel() == 0:
         return saved
     block_d = saved.query.shape[2]
+    in_cuda = (
+        config is None and bool(k.numel()) and sm90_backend.serves(q.device, head_dim, block_d, q.dtype, precision)
+    )
     config = config or find_config(device_architecture(q.device), block_d)
     query_tiles, key_tiles = saved.query_scales.shape[1], saved.key_scales.shape[1]
     value_codes, value_scales = torch.empty_like(saved.key), torch.empty_like(saved.key_scales)
     rows = 32 if block_d > 64 else 64
     steps = -(-key_length // rows)
-    partials = saved.lse.new_empty((batch * kv_heads, _CHUNKS, block_d))
+    partials = saved.lse.new_empty((3, batch * kv_heads, _CHUNKS, block_d))  # sums, largest and smallest
     with on_device(q.device):
         quantize.sum_keys[(batch * kv_heads * _CHUNKS,)](
-            k, partials, *k.stride(), kv_heads, key_length, -(-steps // _CHUNKS),
+            k, *partials, *k.stride(), kv_heads, key_length, -(-steps // _CHUNKS),
             HEAD_DIM=head_dim, BLOCK_D=block_d, ROWS=rows, CHUNKS=_CHUNKS, num_warps=8,
         )  # fmt: skip
         query_programs = batch * heads * query_tiles
         quantize.quantize_inputs[(query_programs + batch * kv_heads * key_tiles,)](
-            q, k, v, partials, saved.query, saved.query_scales, saved.key, saved.key_scales, value_codes, value_scales,
-            *q.stride(), *k.stride(), *v.stride(),
-            heads, kv_heads, query_length, key_length, query_tiles, key_tiles, query_programs, _sign(scale),
+            q, k, v, *partials, saved.query, saved.query_scales, saved.key, saved.key_scales,
+            saved.key_transposed, saved.channel_scales, value_codes, value_scales,
+            *q.stride(), *k.stride(), *v.stride(), heads, kv_heads, query_length, key_length,
+            query_tiles, key_tiles, query_programs, _sign(scale),
             HEAD_DIM=head_dim, BLOCK_D=block_d, QUERY_TILE=recipe.query_tile, KEY_TILE=recipe.key_tile, CHUNKS=_CHUNKS,
             FP8=fp8, num_warps=8,
         )  # fmt: skip
+        if in_cuda and output.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in output.stride()[:3]):
+            sm90_backend.attend(saved, value_codes, value_scales, output, key_length, is_causal, scale)
+            return saved
         blocks = -(-query_length // config.forward.block_m)
         kernels.attend[(batch * heads * blocks,)](
             saved.query, saved.query_scales, saved.key, saved.key_scales, value_codes, value_scales, output, saved.lse,
@@ -121,16 +115,22 @@ def backward(
     recipe, fp8 = RECIPES[precision], precision == "fp8"
     batch, heads, query_length, head_dim = output.shape
     kv_heads, key_length = v.shape[1:3]
-    d_query = torch.empty(output.shape, dtype=output.dtype, device=output.device)
-    d_key, d_value = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for _ in range(2))
     if output.numel() == 0:
-        return d_query, d_key.zero_(), d_value.zero_()
+        return output.new_empty(output.shape), v.new_zeros(v.shape), v.new_zeros(v.shape)
+    if (
+        config is None
+        and v.numel()
+        and sm90_backend.serves(v.device, head_dim, saved.query.shape[2], v.dtype, precision)
+    ):
+        return sm90_backend.backward(d_output, v, output, saved, is_causal, scale)
     # The kernels that multiply load rows of whole vectors.
     d_output, v = (x if x.stride(3) == 1 else x.contiguous() for x in (d_output, v))
+    d_query = torch.empty(output.shape, dtype=output.dtype, device=output.device)
+    d_key, d_value = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for _ in range(2))
     block_d = saved.query.shape[2]
     config = config or find_config(device_architecture(v.device), block_d)
     query_tiles, key_tiles = saved.query_scales.shape[1], saved.key_scales.shape[1]
-    query_transposed, key_transposed = torch.empty_like(saved.query), torch.empty_like(saved.key)
+    query_transposed = torch.empty_like(saved.query)
     d_output_codes, d_output_scales = torch.empty_like(saved.query), torch.empty_like(saved.query_scales)
     delta = torch.empty_like(saved.lse)
     tiles = {"QUERY_TILE": recipe.query_tile, "KEY_TILE": recipe.key_tile, "FP8": fp8}
@@ -138,11 +138,10 @@ def backward(
     sizes = (heads, kv_heads, query_length, key_length, query_tiles, key_tiles)
     strides = (*v.stride()[:3], *d_output.stride()[:3])
     with on_device(v.device):
-        query_programs = batch * heads * query_tiles
-        quantize.prepare_backward[(query_programs + batch * kv_heads * key_tiles,)](
-            d_output, output, saved.query, saved.key, d_output_codes, d_output_scales, delta,
-            query_transposed, key_transposed, *d_output.stride(), *output.stride(),
-            heads, query_length, query_tiles, query_programs, **dims, **tiles, num_warps=4,
+        quantize.prepare_backward[(batch * heads * query_tiles,)](
+            d_output, output, saved.query, d_output_codes, d_output_scales, delta, query_transposed,
+            *d_output.stride(), *output.stride(), heads, query_length, query_tiles,
+            **dims, QUERY_TILE=recipe.query_tile, FP8=fp8, num_warps=4,
         )  # fmt: skip
         blocks, block = -(-key_length // config.key_value.block_n), config.key_value
         kernels.key_value_gradients[(batch * kv_heads * blocks,)](
@@ -153,8 +152,8 @@ def backward(
         )  # fmt: skip
         blocks, block = -(-query_length // config.query.block_m), config.query
         kernels.query_gradients[(batch * heads * blocks,)](
-            saved.query, saved.query_scales, saved.key, key_transposed, saved.key_scales, v, d_output,
-            saved.lse, delta, d_query, abs(scale), _sign(scale), *sizes, blocks,
+            saved.query, saved.query_scales, saved.key, saved.key_transposed, saved.key_scales,
+            saved.channel_scales, v, d_output, saved.lse, delta, d_query, abs(scale), _sign(scale), *sizes, blocks,
             *strides, **dims, BLOCK_M=block.block_m, BLOCK_N=block.block_n, CAUSAL=is_causal, **tiles,
             num_warps=block.warps, num_stages=block.stages,
         )  # fmt: skip

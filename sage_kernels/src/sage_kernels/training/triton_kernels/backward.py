@@ -256,7 +256,7 @@ def _walk_keys(
         if BLOCK_N != KEY_TILE:
             place += tl.multiple_of(start % KEY_TILE, BLOCK_N)
         product = multiply(ds, tl.load(place + (lanes[:, None] + columns[None, :] * KEY_TILE)), FP8)
-        d_query += product.to(tl.float32) * (scale * key_scale)[:, None]
+        d_query += product.to(tl.float32) * scale[:, None]
     return d_query
 
 
@@ -267,6 +267,7 @@ def query_gradients(
     key_codes,
     key_transposed,
     key_scales,
+    channel_scales,
     value,
     d_output,
     lse,
@@ -339,5 +340,6 @@ def query_gradients(
     dq *= (softmax_scale * query_sign + (query_factor + row_delta) * 0.0)[
         :, None
     ]  # NaN where Q, dO or V were: maxima pass over it
+    dq *= tl.load(channel_scales + kv_head * BLOCK_D + columns)[None, :]
     valid = (rows < query_length)[:, None] & (columns < HEAD_DIM)[None, :]
     tl.store(d_query + offsets, dq.to(d_query.dtype.element_ty), mask=valid)

@@ -63,10 +63,19 @@ def quantize_tile(x, FP8: tl.constexpr):
     """Codes of [rows, columns] with one scale, and that scale [1]: NaN where the tile is not finite everywhere."""
     magnitude = tl.abs(x)
     absmax = tl.max(tl.max(tl.where(magnitude < INF, magnitude, INF), 1), 0)
+    codes, scale = quantize_with(x, (absmax + tl.zeros([1], tl.float32))[:, None], FP8)
+    return codes, tl.reshape(scale, [1])
+
+
+@triton.jit
+def quantize_with(x, absmax, FP8: tl.constexpr):
+    """Codes of [rows, columns] with the scales of their largest magnitudes `absmax`, and the scales, NaN for infinity.
+
+    Both of one shape, to which and from which rows and columns may be broadcast.
+    """
     # Divided, and correctly rounded: 16-bit numbers fall between two codes often enough for a reciprocal to tell.
-    absmax += tl.zeros([1], tl.float32)
-    scale = tl.div_rn(absmax, tl.full([1], 1.0, tl.float32) * limit(FP8))
+    scale = tl.div_rn(absmax, tl.full(absmax.shape, 1.0, tl.float32) * limit(FP8))
     usable = (scale > 0) & (absmax < INF)
-    divisor = tl.broadcast_to(tl.where(usable, scale, 1.0)[:, None], x.shape)
-    quotient = tl.div_rn(tl.where(usable[:, None] & (magnitude < INF), x, 0.0), divisor)
+    divisor = tl.broadcast_to(tl.where(usable, scale, 1.0), x.shape)
+    quotient = tl.div_rn(tl.where(usable & (tl.abs(x) < INF), x, 0.0), divisor)
     return round_codes(quotient, FP8), tl.where(absmax < INF, scale, absmax - absmax)

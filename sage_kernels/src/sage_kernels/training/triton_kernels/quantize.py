@@ -7,7 +7,7 @@ transposed tiles [block_d, tile], with tokens in the order of numbers.permuted.
 import triton
 import triton.language as tl
 
-from sage_kernels.training.triton_kernels.numbers import load_rows, permuted, quantize_tile
+from sage_kernels.training.triton_kernels.numbers import INF, load_rows, permuted, quantize_tile, quantize_with
 
 _SIZES = ["heads", "kv_heads", "query_length", "key_length", "query_tiles", "key_tiles", "query_programs"]
 
@@ -16,6 +16,8 @@ _SIZES = ["heads", "kv_heads", "query_length", "key_length", "query_tiles", "key
 def sum_keys(
     key,
     partials,
+    highest,
+    lowest,
     batch_stride,
     head_stride,
     row_stride,
@@ -28,16 +30,24 @@ def sum_keys(
     ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """partials[head, chunk, :]: the sum of `steps` * ROWS keys."""
+    """Sum and extremes of each channel over `steps` * ROWS keys: [head, chunk, :] of partials, highest and lowest."""
     program = tl.program_id(0)
     chunk, head = program % CHUNKS, (program // CHUNKS).to(tl.int64)
     key += head // kv_heads * batch_stride + head % kv_heads * head_stride
     columns = tl.arange(0, BLOCK_D)
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    high, low = total - INF, total + INF
     for step in range(steps):
         rows = (chunk * steps + step) * ROWS + tl.arange(0, ROWS)
-        total += load_rows(key, rows, row_stride, columns, column_stride, rows < key_length, HEAD_DIM)
-    tl.store(partials + (head * CHUNKS + chunk) * BLOCK_D + columns, tl.sum(total, 0))
+        valid = rows < key_length
+        keys = load_rows(key, rows, row_stride, columns, column_stride, valid, HEAD_DIM)
+        total += keys
+        high = tl.maximum(high, tl.where(valid[:, None], keys, -INF))
+        low = tl.minimum(low, tl.where(valid[:, None], keys, INF))
+    place = (head * CHUNKS + chunk) * BLOCK_D + columns
+    tl.store(partials + place, tl.sum(total, 0))
+    tl.store(highest + place, tl.max(high, 0))
+    tl.store(lowest + place, tl.min(low, 0))
 
 
 @triton.jit
@@ -53,10 +63,14 @@ def quantize_inputs(
     key,
     value,
     partials,
+    highest,
+    lowest,
     query_codes,
     query_scales,
     key_codes,
     key_scales,
+    key_transposed,
+    channel_scales,
     value_codes,
     value_scales,
     query_batch_stride,
@@ -114,29 +128,37 @@ def quantize_inputs(
         tl.store(key_codes + key_base + key_rows.to(tl.int64)[:, None] * BLOCK_D + columns[None, :], codes_of_key)
         tl.store(key_scales + head * key_tiles + tile + tl.arange(0, 1), scale)
 
-        value += batch * value_batch_stride + kv_head * value_head_stride
+        # dS K sums over keys, so that K can have a scale for each channel there: all keys share it.
+        absmax = tl.maximum(
+            tl.max(tl.load(highest + head * CHUNKS * BLOCK_D + pieces), 0) - mean,
+            mean - tl.min(tl.load(lowest + head * CHUNKS * BLOCK_D + pieces), 0),
+        )
         key_rows = tile * KEY_TILE + permuted(key_lanes)
-        values = load_rows(
-            value, key_rows, value_row_stride, columns, value_column_stride, key_rows < key_length, HEAD_DIM
-        )
+        valid = key_rows < key_length
+        keys = load_rows(key, key_rows, key_row_stride, columns, key_column_stride, valid, HEAD_DIM)
+        keys = tl.where(valid[:, None], keys - mean[None, :], 0.0)
+        codes_of_key, scales = quantize_with(keys, absmax[None, :], FP8)
+        place = key_base + tile.to(tl.int64) * KEY_TILE * BLOCK_D
+        _store_transposed(codes_of_key, key_transposed + place, BLOCK_D, KEY_TILE)
+        if tile == 0:
+            tl.store(channel_scales + head * BLOCK_D + columns[None, :], scales)
+
+        value += batch * value_batch_stride + kv_head * value_head_stride
+        values = load_rows(value, key_rows, value_row_stride, columns, value_column_stride, valid, HEAD_DIM)
         codes_of_value, scale = quantize_tile(values, FP8)
-        _store_transposed(
-            codes_of_value, value_codes + key_base + tile.to(tl.int64) * KEY_TILE * BLOCK_D, BLOCK_D, KEY_TILE
-        )
+        _store_transposed(codes_of_value, value_codes + place, BLOCK_D, KEY_TILE)
         tl.store(value_scales + head * key_tiles + tile + tl.arange(0, 1), scale)
 
 
-@triton.jit(do_not_specialize=["heads", "query_length", "query_tiles", "query_programs"])
+@triton.jit(do_not_specialize=["heads", "query_length", "query_tiles"])
 def prepare_backward(
     d_output,
     output,
     query_codes,
-    key_codes,
     d_output_codes,
     d_output_scales,
     delta,
     query_transposed,
-    key_transposed,
     d_output_batch_stride,
     d_output_head_stride,
     d_output_row_stride,
@@ -148,38 +170,30 @@ def prepare_backward(
     heads,
     query_length,
     query_tiles,
-    query_programs,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     QUERY_TILE: tl.constexpr,
-    KEY_TILE: tl.constexpr,
     FP8: tl.constexpr,
 ):
-    """One tile of dO, O and Q (the first query_programs), or one of K; delta = rowsum(dO * O)."""
+    """One tile of dO, O and Q; delta = rowsum(dO * O)."""
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK_D)
-    if program < query_programs:
-        head, tile = (program // query_tiles).to(tl.int64), program % query_tiles
-        batch, query_head = head // heads, head % heads
-        lanes = permuted(tl.arange(0, QUERY_TILE))
-        rows = tile * QUERY_TILE + lanes
-        valid = rows < query_length
-        d_output += batch * d_output_batch_stride + query_head * d_output_head_stride
-        output += batch * output_batch_stride + query_head * output_head_stride
-        d_out = load_rows(d_output, rows, d_output_row_stride, columns, d_output_column_stride, valid, HEAD_DIM)
-        out = load_rows(output, rows, output_row_stride, columns, output_column_stride, valid, HEAD_DIM)
-        row_sums = tl.sum(d_out * out, 1)
-        tl.store(delta + head * query_tiles * QUERY_TILE + rows, row_sums)
-        codes, scale = quantize_tile(d_out, FP8)
-        # A NaN of V reaches dK only through delta, and the maxima of the backward kernels pass over it.
-        scale += tl.sum(row_sums, 0) * 0.0
-        tl.store(d_output_scales + head * query_tiles + tile + tl.arange(0, 1), scale)
-        base = (head * query_tiles + tile) * QUERY_TILE * BLOCK_D
-        _store_transposed(codes, d_output_codes + base, BLOCK_D, QUERY_TILE)
-        q = tl.load(query_codes + base + lanes[:, None] * BLOCK_D + columns[None, :])
-        _store_transposed(q, query_transposed + base, BLOCK_D, QUERY_TILE)
-    else:
-        key_base = (program - query_programs).to(tl.int64) * KEY_TILE * BLOCK_D
-        key_lanes = permuted(tl.arange(0, KEY_TILE))
-        k = tl.load(key_codes + key_base + key_lanes[:, None] * BLOCK_D + columns[None, :])
-        _store_transposed(k, key_transposed + key_base, BLOCK_D, KEY_TILE)
+    head, tile = (program // query_tiles).to(tl.int64), program % query_tiles
+    batch, query_head = head // heads, head % heads
+    lanes = permuted(tl.arange(0, QUERY_TILE))
+    rows = tile * QUERY_TILE + lanes
+    valid = rows < query_length
+    d_output += batch * d_output_batch_stride + query_head * d_output_head_stride
+    output += batch * output_batch_stride + query_head * output_head_stride
+    d_out = load_rows(d_output, rows, d_output_row_stride, columns, d_output_column_stride, valid, HEAD_DIM)
+    out = load_rows(output, rows, output_row_stride, columns, output_column_stride, valid, HEAD_DIM)
+    row_sums = tl.sum(d_out * out, 1)
+    tl.store(delta + head * query_tiles * QUERY_TILE + rows, row_sums)
+    codes, scale = quantize_tile(d_out, FP8)
+    # A NaN of V reaches dK only through delta, and the maxima of the backward kernels pass over it.
+    scale += tl.sum(row_sums, 0) * 0.0
+    tl.store(d_output_scales + head * query_tiles + tile + tl.arange(0, 1), scale)
+    base = (head * query_tiles + tile) * QUERY_TILE * BLOCK_D
+    _store_transposed(codes, d_output_codes + base, BLOCK_D, QUERY_TILE)
+    q = tl.load(query_codes + base + lanes[:, None] * BLOCK_D + columns[None, :])
+    _store_transposed(q, query_transposed + base, BLOCK_D, QUERY_TILE)

@@ -1,0 +1,221 @@
+// What training_sm90_key_value.cu and training_sm90_query.cu share: their parameter, their wgmma, 8-bit codes in
+// registers. Compile-time: HEAD_DIM 64 | 128, to which the images are padded; BFLOAT16 1 | 0 (float16), of dO and V.
+#pragma once
+#include "sm90.cuh"
+
+// Tiles as training/triton_kernels/images.py lays them out: rows of 64 or 128 bytes, 16-byte chunks swizzled as wgmma
+// reads them. Transposed ones hold tokens in the order in which accumulators become an 8-bit operand.
+struct TrainParams {
+  const u8* query;                // [B * H, query_tiles][64][HEAD_DIM]
+  const u8* query_transposed;     // [B * H, query_tiles][HEAD_DIM][64]
+  const u16* d_output;            // [B * H, query_tiles][HEAD_DIM / 64][64][64]
+  const u8* d_output_transposed;  // [B * H, query_tiles][HEAD_DIM][64]
+  const float* rows;              // [B * H, query_tiles][kRowFloats]
+  const u8* key;                  // [B * Hkv, key_tiles][128][HEAD_DIM]
+  const u8* key_transposed;       // [B * Hkv, key_tiles][HEAD_DIM][128]
+  const u16* value;               // [B * Hkv, key_tiles][HEAD_DIM / 64][128][64]
+  const float* key_scales;        // [B * Hkv, key_tiles]
+  const float* channel_scales;    // [B * Hkv, HEAD_DIM], of the transposed K
+  u16* d_query;                   // [B * H, Nq, D]
+  u16* d_key;                     // [B * Hkv, Nk, D]
+  u16* d_value;
+  int heads, kv_heads, query_length, key_length, query_tiles, key_tiles, head_dim, is_causal;
+  float softmax_scale;  // not negative: its sign is in the codes of Q
+  float query_sign;
+};
+
+constexpr int kQueryTile = 64, kKeyTile = 128;
+constexpr int kRowFloats =
+    132;  // of a query tile: LSE (log2) [64], delta [64], scale of Q, scale of dO, nothing, nothing
+constexpr int kWarpgroups = 2;  // of consumers
+constexpr int kThreads = 128 * (kWarpgroups + 1);
+constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
+constexpr int kSlabs = HEAD_DIM / 64;  // of 16-bit rows: 64 channels are the 128 bytes that a swizzle spans
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+constexpr float kLimit = 127.f;
+constexpr float kSmallest = 4e-37f;  // 127 / x is infinite below
+
+struct Ring {
+  int stage = 0;
+  u32 parity = 0;
+  template <int kStages>
+  DEVICE void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+DEVICE float2 load_shared_pair(u32 address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address));
+  return x;
+}
+
+DEVICE float load_shared_float(u32 address) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address));
+  return x;
+}
+
+// ---- wgmma, on registers that hold S, dP and products in turn, as bits ----------------------------------------------
+// multiply_codes: INT8, A and B in shared memory, or A in registers. multiply_16bit: float32 sums, both in shared
+// memory.
+#if BFLOAT16
+#define WGMMA_16BIT "f32.bf16.bf16"
+#else
+#define WGMMA_16BIT "f32.f16.f16"
+#endif
+
+#define DEFINE_TRAIN_WGMMA(count, columns, a0, a1, a2, a3, b, accumulate)                                          \
+  DEVICE void multiply_codes(u32(&d)[count], u64 a, u64 b_matrix, bool accumulates) {                              \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #a2                                                          \
+                 ", 0;\n"                                                                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k32.s32.s8.s8 " REGS_##count ", %" #a0 ", %" #a1    \
+                                                                                            ", p;\n}\n"            \
+                 : ARRAY_##count("+r", d)                                                                          \
+                 : "l"(a), "l"(b_matrix), "r"(static_cast<int>(accumulates)));                                     \
+  }                                                                                                                \
+  DEVICE void multiply_16bit(u32(&d)[count], u64 a, u64 b_matrix, bool accumulates) {                              \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #a2                                                          \
+                 ", 0;\n"                                                                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16." WGMMA_16BIT " " REGS_##count                  \
+                 ", %" #a0 ", %" #a1 ", p, 1, 1, 0, 0;\n}\n"                                                       \
+                 : ARRAY_##count("+r", d)                                                                          \
+                 : "l"(a), "l"(b_matrix), "r"(static_cast<int>(accumulates)));                                     \
+  }                                                                                                                \
+  DEVICE void multiply_codes(u32(&d)[count], const u32* a, u64 b_matrix, bool accumulates) {                       \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #accumulate                                                  \
+                 ", 0;\n"                                                                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k32.s32.s8.s8 " REGS_##count                        \
+                 ", {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", p;\n}\n"                                    \
+                 : ARRAY_##count("+r", d)                                                                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_matrix), "r"(static_cast<int>(accumulates))); \
+  }
+
+DEFINE_TRAIN_WGMMA(32, 64, 32, 33, 34, 35, 36, 37)
+DEFINE_TRAIN_WGMMA(64, 128, 64, 65, 66, 67, 68, 69)
+
+// S or its transpose: rows of HEAD_DIM codes each.
+template <int kCount>
+DEVICE void issue_scores(u32 (&scores)[kCount], u32 left, u32 right) {
+  const u64 a = matrix_descriptor<HEAD_DIM>(left), b = matrix_descriptor<HEAD_DIM>(right);
+  wgmma_fence(scores);
+#pragma unroll
+  for (int step = 0; step < HEAD_DIM / 32; ++step) multiply_codes(scores, a + 2 * step, b + 2 * step, step > 0);
+  wgmma_commit();
+}
+
+// dP or its transpose: slabs of 64 channels, so many bytes apart.
+template <int kCount>
+DEVICE void issue_weight_gradients(u32 (&sums)[kCount], u32 left, int left_slab, u32 right, int right_slab) {
+  wgmma_fence(sums);
+#pragma unroll
+  for (int slab = 0; slab < kSlabs; ++slab) {
+    const u64 a = matrix_descriptor<128>(left + slab * left_slab),
+              b = matrix_descriptor<128>(right + slab * right_slab);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) multiply_16bit(sums, a + 2 * step, b + 2 * step, slab + step > 0);
+  }
+  wgmma_commit();
+}
+
+// Codes times a transposed tile with rows of kTokens bytes.
+template <int kTokens, int kCount>
+DEVICE void issue_product(u32 (&product)[kCount], const u32* codes, u32 right) {
+  const u64 b = matrix_descriptor<kTokens>(right);
+  wgmma_fence(product);
+#pragma unroll
+  for (int step = 0; step < kTokens / 32; ++step) multiply_codes(product, codes + 4 * step, b + 2 * step, step > 0);
+  wgmma_commit();
+}
+
+// ---- codes ---------------------------------------------------------------------------------------------------------
+// A thread holds rows lane / 4 and lane / 4 + 8 of its warp's 16: register i of an accumulator is of row i / 2 % 2.
+
+// The largest of a row over the four threads that share it. Bits of positive floats order as integers do, and those of
+// a NaN are above them.
+DEVICE int row_maximum(int x) {
+  x = max(x, __shfl_xor_sync(~0u, x, 1));
+  return max(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+DEVICE u32 low_bytes(u32 a, u32 b, u32 c, u32 d) {
+  return __byte_perm(__byte_perm(a, b, 0x40), __byte_perm(c, d, 0x40), 0x5410);
+}
+
+// Codes of numbers within their scale, as the left operand of products.
+template <int kCount>
+DEVICE void make_codes(u32 (&codes)[kCount / 4], const u32 (&x)[kCount], const float (&inverse)[2]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 8) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      u32 t[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        t[e] = __float_as_uint(fmaf(__uint_as_float(x[i + 2 * r + e / 2 * 4 + e % 2]), inverse[r], kRound));
+      codes[i / 4 + r] = low_bytes(t[0], t[1], t[2], t[3]);
+    }
+  }
+}
+
+DEVICE float inverse_scale(float largest) { return largest > kSmallest ? kLimit * reciprocal_approx(largest) : 0.f; }
+
+// Scales of the codes of numbers >= 0, and what to multiply them by.
+template <int kCount>
+DEVICE void scale_weights(const u32 (&x)[kCount], float (&scale)[2], float (&inverse)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    int largest = 0;
+#pragma unroll
+    for (int i = 2 * r; i < kCount; i += 4) largest = max(max(largest, int(x[i])), int(x[i + 1]));
+    const float maximum = __int_as_float(row_maximum(largest));
+    inverse[r] = inverse_scale(maximum);
+    scale[r] = maximum * (1.f / kLimit);
+  }
+}
+
+template <int kCount>
+DEVICE void scale_signed(const u32 (&x)[kCount], float (&scale)[2], float (&inverse)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float largest[2] = {0.f, 0.f};
+#pragma unroll
+    for (int i = 2 * r; i < kCount; i += 4) {
+      largest[0] = fmaxf(largest[0], fabsf(__uint_as_float(x[i])));
+      largest[1] = fmaxf(largest[1], fabsf(__uint_as_float(x[i + 1])));
+    }
+    const float maximum = __int_as_float(row_maximum(__float_as_int(fmaxf(largest[0], largest[1]))));
+    inverse[r] = inverse_scale(maximum);
+    scale[r] = maximum * (1.f / kLimit);
+  }
+}
+
+template <int kOffset, int kCount, int kSums>
+DEVICE void add_product(float (&sums)[kSums], const u32 (&product)[kCount], const float (&scale)[2]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    sums[kOffset + i] = fmaf(static_cast<float>(static_cast<int>(product[i])), scale[i / 2 % 2], sums[kOffset + i]);
+}
+
+// Rows of a warpgroup to [.., head_dim], row `first` + those of the thread, up to `length`.
+template <int kCount>
+DEVICE void store_rows(u16* output, const float (&sums)[kCount], const float (&factor)[2], int first, int length,
+                       int head_dim) {
+  const int lane = threadIdx.x % 32, row = first + threadIdx.x / 32 % 4 * 16 + lane / 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (row + 8 * r >= length) continue;
+    u16* line = output + i64(row + 8 * r) * head_dim;
+#pragma unroll
+    for (int i = 2 * r; i < kCount; i += 4) {
+      const int column = i / 4 * 8 + lane % 4 * 2;
+      const float low = sums[i] * factor[r], high = sums[i + 1] * factor[r];
+      if (column < head_dim)
+        *reinterpret_cast<u32*>(line + column) = BFLOAT16 ? pack_bfloat16(low, high) : pack_float16(low, high);
+    }
+  }
+}

@@ -1,0 +1,228 @@
+// dK and dV of trainable attention in INT8 for sm_90a, all in the transposed form: a thread block keeps 128 keys, two
+// warpgroups 64 each, and walks over blocks of 64 queries that one producer thread copies into a ring.
+//
+// S^T = K Q^T in INT8 and dP^T = V dO^T in 16 bits give P^T and dS^T in registers. Quantised with a scale for each key,
+// they are the left operands of dV += P^T dO and dK += dS^T Q, whose right operands are transposed INT8 tiles.
+// Registers: 2 * HEAD_DIM / 2 sums, and two arrays of 32 that hold S^T and dP^T, then 64 channels of a product in turn.
+//
+// Compile-time: as training_sm90.cuh, and STAGES of the ring.
+#include "training_sm90.cuh"
+
+constexpr int kTileBytes = kQueryTile * HEAD_DIM;  // of Q, of its transpose, of dO's; dO has twice as many
+constexpr int kStageBytes = 5 * kTileBytes;
+constexpr int kRowBytes = kRowFloats * 4;
+
+// Shared memory: K, V, ring, LSE and delta of the ring, barriers.
+struct Shared {
+  u32 base;
+  static constexpr int kValue = kKeyTile * HEAD_DIM;
+  static constexpr int kRing = 3 * kKeyTile * HEAD_DIM;
+  static constexpr int kRows = kRing + STAGES * kStageBytes;
+  static constexpr int kBarriers = kRows + STAGES * kRowBytes;
+  DEVICE u32 key(int warpgroup) const { return base + warpgroup * 64 * HEAD_DIM; }
+  DEVICE u32 value(int warpgroup) const { return base + kValue + warpgroup * 64 * 128; }  // of the first slab
+  DEVICE u32 query(int stage) const { return base + kRing + stage * kStageBytes; }
+  DEVICE u32 d_output(int stage) const { return query(stage) + kTileBytes; }
+  DEVICE u32 d_output_transposed(int stage) const { return query(stage) + 3 * kTileBytes; }
+  DEVICE u32 query_transposed(int stage) const { return query(stage) + 4 * kTileBytes; }
+  DEVICE u32 rows(int stage) const { return base + kRows + stage * kRowBytes; }
+  DEVICE u32 full(int stage) const { return base + kBarriers + 8 * stage; }
+  DEVICE u32 empty(int stage) const { return full(STAGES + stage); }
+  DEVICE u32 keys_full() const { return full(2 * STAGES); }
+};
+
+// The query blocks that a thread block walks over: those from the first that sees a key, of all heads that share it.
+struct Walk {
+  int tile, kv_head, first, blocks, group;
+  DEVICE explicit Walk(const TrainParams& p)
+      : tile(blockIdx.x % p.key_tiles), kv_head(blockIdx.x / p.key_tiles), group(p.heads / p.kv_heads) {
+    first = p.is_causal ? min(tile * (kKeyTile / kQueryTile), p.query_tiles) : 0;
+    blocks = p.query_tiles - first;
+  }
+  DEVICE int head(const TrainParams& p, int member) const { return kv_head * group + member; }
+};
+
+DEVICE void produce(const TrainParams& p, const Shared& shared) {
+  const Walk walk(p);
+  const i64 key_tile = i64(walk.kv_head) * p.key_tiles + walk.tile;
+  constexpr int kKeyBytes = kKeyTile * HEAD_DIM;
+  mbarrier_arrive_expect_bytes(shared.keys_full(), 3 * kKeyBytes);
+  bulk_load(shared.base, p.key + key_tile * kKeyBytes, kKeyBytes, shared.keys_full());
+  bulk_load(shared.base + Shared::kValue, p.value + key_tile * kKeyBytes, 2 * kKeyBytes, shared.keys_full());
+  Ring ring;
+  for (int member = 0; member < walk.group; ++member) {
+    i64 tile = i64(walk.head(p, member)) * p.query_tiles + walk.first;
+    for (int block = 0; block < walk.blocks; ++block, ++tile, ring.advance<STAGES>()) {
+      const int stage = ring.stage;
+      const u32 full = shared.full(stage);
+      mbarrier_wait(shared.empty(stage), ring.parity ^ 1);
+      mbarrier_arrive_expect_bytes(full, kStageBytes + kRowBytes);
+      bulk_load(shared.query(stage), p.query + tile * kTileBytes, kTileBytes, full);
+      bulk_load(shared.rows(stage), p.rows + tile * kRowFloats, kRowBytes, full);
+      bulk_load(shared.d_output(stage), p.d_output + tile * kTileBytes, 2 * kTileBytes, full);
+      bulk_load(shared.d_output_transposed(stage), p.d_output_transposed + tile * kTileBytes, kTileBytes, full);
+      bulk_load(shared.query_transposed(stage), p.query_transposed + tile * kTileBytes, kTileBytes, full);
+    }
+  }
+}
+
+// One warpgroup's 64 keys.
+struct Consumer {
+  const TrainParams& p;
+  const Shared& shared;
+  const Walk walk;
+  const int warpgroup, lane;
+  Ring ring;
+  u32 a[32], b[32];  // S^T, then P^T; dP^T, then dS^T; then products
+  u32 weight_codes[8], gradient_codes[8];
+  float weight_scale[2], gradient_scale[2];
+  float key_factor;
+  int first_key, thread_key;
+  float d_key[HEAD_DIM / 2], d_value[HEAD_DIM / 2];
+
+  DEVICE Consumer(const TrainParams& p, const Shared& shared)
+      : p(p), shared(shared), walk(p), warpgroup(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0)), lane(threadIdx.x % 32) {}
+
+  // P^T of 64 queries from S^T.
+  DEVICE void weights(u32 rows, float factor) {
+#pragma unroll
+    for (int i = 0; i < 32; i += 4) {
+      const float2 lse = load_shared_pair(rows + 8 * i + lane % 4 * 8);
+#pragma unroll
+      for (int r = 0; r < 4; r += 2) {
+        const float low = static_cast<int>(a[i + r]), high = static_cast<int>(a[i + r + 1]);
+        a[i + r] = __float_as_uint(exp2_approx(fmaf(low, factor, -lse.x)));
+        a[i + r + 1] = __float_as_uint(exp2_approx(fmaf(high, factor, -lse.y)));
+      }
+    }
+  }
+
+  // Where the query is before the key: `behind` is the key of the thread's first row minus the block's first query.
+  DEVICE void hide(int behind) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      const int query = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      if (query < behind + i / 2 % 2 * 8) a[i] = 0;
+    }
+  }
+
+  // dS^T from dP^T and P^T.
+  DEVICE void score_gradients(u32 rows) {
+#pragma unroll
+    for (int i = 0; i < 32; i += 4) {
+      const float2 delta = load_shared_pair(rows + 256 + 8 * i + lane % 4 * 8);
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        b[i + e] =
+            __float_as_uint((__uint_as_float(b[i + e]) - (e % 2 ? delta.y : delta.x)) * __uint_as_float(a[i + e]));
+    }
+  }
+
+  // From the scores that are on their way to the codes of P^T, while dP^T is. `query` is the block's first.
+  DEVICE void finish_weights(u32 rows, int query) {
+    const float2 scales = load_shared_pair(rows + 512);
+    wgmma_wait<1>(a);
+    weights(rows, key_factor * scales.x);
+    if (p.is_causal && query < first_key + 63) hide(thread_key - query);
+    float inverse[2];
+    scale_weights(a, weight_scale, inverse);
+    make_codes(weight_codes, a, inverse);
+    // NaN where Q or dO was not finite: maxima may pass over it.
+#pragma unroll
+    for (int r = 0; r < 2; ++r) weight_scale[r] *= scales.y + scales.x * 0.f;
+    wgmma_wait<0>(b);
+  }
+
+  // From P^T and dP^T to the codes of dS^T.
+  DEVICE void finish_gradients(u32 rows) {
+    const float2 scales = load_shared_pair(rows + 512);
+    score_gradients(rows);
+    float inverse[2];
+    scale_signed(b, gradient_scale, inverse);
+    make_codes(gradient_codes, b, inverse);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) gradient_scale[r] *= scales.x + scales.y * 0.f;
+  }
+
+  DEVICE void issue_next_scores(int stage) { issue_scores(a, shared.key(warpgroup), shared.query(stage)); }
+
+  DEVICE void issue_next_weight_gradients(int stage) {
+    issue_weight_gradients(b, shared.value(warpgroup), 128 * 128, shared.d_output(stage), 64 * 128);
+  }
+
+  DEVICE void run() {
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 2; ++i) d_key[i] = d_value[i] = 0.f;
+    const float key_scale = p.key_scales[i64(walk.kv_head) * p.key_tiles + walk.tile];
+    key_factor = key_scale * (p.softmax_scale * kLog2E);
+    first_key = walk.tile * kKeyTile + warpgroup * 64;
+    thread_key = first_key + threadIdx.x / 32 % 4 * 16 + lane / 4;
+    const int turns = walk.blocks * walk.group;
+    int block = walk.first;
+    mbarrier_wait(shared.keys_full(), 0);
+    // No wgmma is on its way where turns meet: the assembler would wait for each one then. Without queries, and in the
+    // last turn, the next scores are those of memory that nobody reads.
+    if (turns > 0) mbarrier_wait(shared.full(0), 0);
+    issue_next_scores(0);
+    issue_next_weight_gradients(0);
+    finish_weights(shared.rows(0), block * kQueryTile);
+    for (int turn = 1; turn <= turns; ++turn) {
+      const int stage = ring.stage;
+      finish_gradients(shared.rows(stage));
+      const u32 d_output = shared.d_output_transposed(stage), query = shared.query_transposed(stage);
+      issue_product<64>(a, weight_codes, d_output);
+#if HEAD_DIM == 128
+      issue_product<64>(b, weight_codes, d_output + 64 * 64);
+      wgmma_wait<1>(a);
+      add_product<0>(d_value, a, weight_scale);
+      issue_product<64>(a, gradient_codes, query);
+      wgmma_wait<1>(b);
+      add_product<32>(d_value, b, weight_scale);
+      issue_product<64>(b, gradient_codes, query + 64 * 64);
+      wgmma_wait<1>(a);
+      add_product<0>(d_key, a, gradient_scale);
+#else
+      issue_product<64>(b, gradient_codes, query);
+      wgmma_wait<1>(a);
+      add_product<0>(d_value, a, weight_scale);
+#endif
+      ring.advance<STAGES>();
+      if (++block == p.query_tiles) block = walk.first;
+      if (turn < turns) mbarrier_wait(shared.full(ring.stage), ring.parity);
+      issue_next_scores(ring.stage);
+      wgmma_wait<1>(b);
+      add_product<HEAD_DIM / 2 - 32>(d_key, b, gradient_scale);
+      if (lane == 0) mbarrier_arrive(shared.empty(stage));
+      issue_next_weight_gradients(ring.stage);
+      finish_weights(shared.rows(ring.stage), block * kQueryTile);
+    }
+    const i64 at = i64(walk.kv_head) * p.key_length * p.head_dim;
+    const float one[2] = {1.f, 1.f};
+    const float factor = p.softmax_scale + key_factor * 0.f;  // NaN where K was not finite
+    const float factors[2] = {factor, factor};
+    store_rows(p.d_value + at, d_value, one, first_key, p.key_length, p.head_dim);
+    store_rows(p.d_key + at, d_key, factors, first_key, p.key_length, p.head_dim);
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    training_sm90_key_value(const __grid_constant__ TrainParams p) {
+  extern __shared__ __align__(1024) u8 memory[];
+  const Shared shared{shared_address(memory)};
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < STAGES; ++stage) {
+      mbarrier_init(shared.full(stage), 1);
+      mbarrier_init(shared.empty(stage), 4 * kWarpgroups);  // one arrival a warp
+    }
+    mbarrier_init(shared.keys_full(), 1);
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    shrink_registers<kProducerRegisters>();
+    if (threadIdx.x == 0) produce(p, shared);
+  } else {
+    grow_registers<kConsumerRegisters>();
+    Consumer(p, shared).run();
+  }
+}

@@ -1,0 +1,181 @@
+"""The kernels that multiply, in CUDA for sm_90a: csrc/training_sm90_forward.cu, _key_value.cu and _query.cu.
+
+Triton's kernels quantise, and lay codes out as tiles that one copy brings to shared memory.
+"""
+
+import ctypes
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from sage_kernels.architectures import device_architecture
+from sage_kernels.cubin_loader import LoadedKernel, load_kernel, loading_obstacle
+from sage_kernels.kernel_variants import TRAINING_SM90_ENTRIES, KernelVariant, training_sm90_variant
+from sage_kernels.training.recipe import RECIPES
+from sage_kernels.training.saved import Saved
+from sage_kernels.training.triton_launch import on_device
+
+_TARGET = "sm_90a"
+_HEAD_DIMS = (64, 128)  # padded
+_HEAD_DIM_STEP = 8
+_QUERIES = 128  # of a thread block of dQ
+
+
+class _Parameters(ctypes.Structure):
+    """csrc/training_sm90.cuh."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in ("query", "query_transposed", "d_output", "d_output_transposed")),
+        *(
+            (name, ctypes.c_uint64)
+            for name in ("rows", "key", "key_transposed", "value", "key_scales", "channel_scales")
+        ),
+        *((name, ctypes.c_uint64) for name in ("d_query", "d_key", "d_value")),
+        *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "query_length", "key_length")),
+        *((name, ctypes.c_int32) for name in ("query_tiles", "key_tiles", "head_dim", "is_causal")),
+        ("softmax_scale", ctypes.c_float),
+        ("query_sign", ctypes.c_float),
+    )
+
+
+class _ForwardParameters(ctypes.Structure):
+    """TrainForwardParams of csrc/training_sm90_forward.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in ("query", "key", "value_transposed")),
+        *((name, ctypes.c_uint64) for name in ("query_scales", "key_scales", "value_scales", "output", "lse")),
+        ("output_strides", ctypes.c_int64 * 3),
+        *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "query_length", "key_length")),
+        *((name, ctypes.c_int32) for name in ("query_tiles", "key_tiles", "head_dim", "is_causal")),
+        ("softmax_scale", ctypes.c_float),
+    )
+
+
+def serves(device: torch.device, head_dim: int, block_d: int, dtype: torch.dtype, precision: str) -> bool:
+    """Whether these kernels compute a call, whose axes are not empty; Triton's do where not."""
+    architecture = device_architecture(device)
+    if precision != "int8" or architecture is None or architecture.target != _TARGET:
+        return False
+    if block_d not in _HEAD_DIMS or head_dim % _HEAD_DIM_STEP != 0:
+        return False
+    return all(loading_obstacle(variant, _TARGET) is None for variant in _variants(block_d, dtype))
+
+
+def attend(
+    saved: Saved,
+    value_codes: Tensor,
+    value_scales: Tensor,
+    output: Tensor,
+    key_length: int,
+    is_causal: bool,
+    scale: float,
+) -> None:
+    """Fill `output` [B, H, Nq, D] (last axis contiguous) and saved.lse from codes; value_codes are transposed tiles."""
+    from sage_kernels.training.triton_kernels import images  # noqa: PLC0415 Triton is imported by the first call
+
+    recipe = RECIPES["int8"]
+    batch, heads, query_length, head_dim = output.shape
+    block_d = saved.query.shape[2]
+    query_tiles, key_tiles = saved.query_scales.shape[1], saved.key_scales.shape[1]
+    query, key, value = (torch.empty_like(x) for x in (saved.query, saved.key, value_codes))
+    key_programs = saved.key_scales.numel()
+    with on_device(output.device):
+        images.copy_tiles[(saved.query_scales.numel(),)](saved.query, query, recipe.query_tile, block_d)
+        images.copy_tiles[(key_programs,)](saved.key, key, recipe.key_tile, block_d)
+        images.copy_tiles[(key_programs,)](value_codes, value, block_d, recipe.key_tile)
+    parameters = _ForwardParameters(
+        query=query.data_ptr(),
+        key=key.data_ptr(),
+        value_transposed=value.data_ptr(),
+        query_scales=saved.query_scales.data_ptr(),
+        key_scales=saved.key_scales.data_ptr(),
+        value_scales=value_scales.data_ptr(),
+        output=output.data_ptr(),
+        lse=saved.lse.data_ptr(),
+        output_strides=output.stride()[:3],
+        heads=heads,
+        kv_heads=saved.key.shape[0] // batch,
+        query_length=query_length,
+        key_length=key_length,
+        query_tiles=query_tiles,
+        key_tiles=key_tiles,
+        head_dim=head_dim,
+        is_causal=is_causal,
+        softmax_scale=abs(scale),
+    )
+    kernel = _load(block_d, output.dtype, output.device)[0]
+    kernel.launch((batch * heads * -(-query_length // _QUERIES), 1, 1), parameters)
+
+
+def make_images(d_output: Tensor, v: Tensor, output: Tensor, saved: Saved) -> dict[str, Tensor]:
+    """Tiles for the kernels, by the names of their parameters."""
+    from sage_kernels.training.triton_kernels import images  # noqa: PLC0415 Triton is imported by the first call
+
+    recipe = RECIPES["int8"]
+    batch, heads, query_length, head_dim = output.shape
+    kv_heads, key_length = v.shape[1:3]
+    query_tiles, key_tiles = saved.query_scales.shape[1], saved.key_scales.shape[1]
+    names = ("query", "query_transposed", "d_output_transposed")
+    result = {name: torch.empty_like(saved.query) for name in names}
+    result |= {name: torch.empty_like(saved.key) for name in ("key", "key_transposed")}
+    result["d_output"] = torch.empty_like(saved.query, dtype=d_output.dtype)
+    result["value"] = torch.empty_like(saved.key, dtype=v.dtype)
+    result["rows"] = saved.lse.new_empty((batch * heads * query_tiles, images.ROW_FLOATS.value))
+    query_programs = batch * heads * query_tiles
+    with on_device(v.device):
+        images.prepare_images[(query_programs + batch * kv_heads * key_tiles,)](
+            d_output, output, v, saved.query, saved.query_scales, saved.key, saved.key_transposed, saved.lse,
+            result["query"], result["query_transposed"], result["d_output"], result["d_output_transposed"],
+            result["rows"], result["key"], result["key_transposed"], result["value"],
+            *d_output.stride(), *output.stride(), *v.stride(),
+            heads, kv_heads, query_length, key_length, query_tiles, key_tiles, query_programs,
+            HEAD_DIM=head_dim, BLOCK_D=saved.query.shape[2], QUERY_TILE=recipe.query_tile, KEY_TILE=recipe.key_tile,
+            num_warps=4,
+        )  # fmt: skip
+    return result
+
+
+def backward(
+    d_output: Tensor, v: Tensor, output: Tensor, saved: Saved, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ [B, H, Nq, D], dK and dV [B, Hkv, Nk, D], contiguous, in the dtype of `v`; no axis is empty."""
+    batch, heads, query_length, head_dim = output.shape
+    kv_heads, key_length = v.shape[1:3]
+    query_tiles, key_tiles = saved.query_scales.shape[1], saved.key_scales.shape[1]
+    d_query = torch.empty(output.shape, dtype=v.dtype, device=v.device)
+    d_key, d_value = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for _ in range(2))
+    tensors = make_images(d_output, v, output, saved)
+    tensors |= {
+        "key_scales": saved.key_scales,
+        "channel_scales": saved.channel_scales,
+        "d_query": d_query,
+        "d_key": d_key,
+        "d_value": d_value,
+    }
+    parameters = _Parameters(
+        **{name: x.data_ptr() for name, x in tensors.items()},
+        heads=heads,
+        kv_heads=kv_heads,
+        query_length=query_length,
+        key_length=key_length,
+        query_tiles=query_tiles,
+        key_tiles=key_tiles,
+        head_dim=head_dim,
+        is_causal=is_causal,
+        softmax_scale=abs(scale),
+        query_sign=-1.0 if scale < 0 else 1.0,
+    )
+    _, key_value, query = _load(saved.query.shape[2], v.dtype, v.device)
+    key_value.launch((batch * kv_heads * key_tiles, 1, 1), parameters)
+    query.launch((batch * heads * -(-query_length // _QUERIES), 1, 1), parameters)
+    return d_query, d_key, d_value
+
+
+def _variants(block_d: int, dtype: torch.dtype) -> tuple[KernelVariant, ...]:
+    return tuple(training_sm90_variant(entry, block_d, dtype == torch.bfloat16) for entry in TRAINING_SM90_ENTRIES)
+
+
+@lru_cache
+def _load(block_d: int, dtype: torch.dtype, device: torch.device) -> tuple[LoadedKernel, ...]:
+    return tuple(load_kernel(variant, device) for variant in _variants(block_d, dtype))

@@ -1,0 +1,45 @@
+"""csrc/training_sm90_*.cu compiled for this machine's CPU, with tests/kernels/sm90_on_host.h in place of sm90.cuh."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from sage_kernels.kernel_sources import collect_sources, source_folder
+
+HEADER = Path(__file__).resolve().parent.parent / "kernels" / "sm90_on_host.h"
+
+
+def find_compiler():
+    """A C++ compiler with _Float16, or None."""
+    return shutil.which("g++") or shutil.which("clang++")
+
+
+class HostKernel:
+    """What cubin_loader.LoadedKernel does for GPUs, slowly."""
+
+    def __init__(self, variant, folder):
+        texts = collect_sources(source_folder(), variant.source)
+        # Functions that are PTX are the host header's; they stand between these lines of training_sm90.cuh.
+        shared = texts["training_sm90.cuh"].replace('#include "sm90.cuh"', f'#include "{HEADER}"')
+        shared, cut = re.subn(r"(?s)DEVICE float2 load_shared_pair.*?(?=// S or its transpose)", "", shared)
+        source = texts[variant.source].replace('#include "training_sm90.cuh"', shared.replace("#pragma once", ""))
+        memory = "extern __shared__ __align__(1024) u8 memory[];"
+        assert cut == 1
+        assert memory in source
+        parameters = re.search(r"__grid_constant__ (\w+) p\)", source)[1]
+        source = source.replace(memory, "u8* memory = shared_memory;")
+        call = f"launch_on_host<{parameters}>({variant.entry}, *p, blocks);"
+        source += f'extern "C" void launch(const {parameters}* p, int blocks) {{ {call} }}'
+        path = Path(folder) / f"{variant.name}.cpp"
+        path.write_text(source)
+        defines = [f"-D{name}={value}" for name, value in variant.defines]
+        options = ["-O2", "-std=c++17", "-w", "-fPIC", "-shared", "-pthread", *defines]
+        subprocess.run(
+            [find_compiler(), *options, str(path), "-o", str(path.with_suffix(".so"))], check=True, timeout=120
+        )
+        self._library = ctypes.CDLL(str(path.with_suffix(".so")))
+
+    def launch(self, grid, parameters):
+        self._library.launch(ctypes.byref(parameters), grid[0])
