@@ -4,6 +4,7 @@ import ctypes
 import gc
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -303,6 +304,15 @@ def test_a_template_is_filled_with_addresses_and_stays_as_it_is():
     for base in range(100):
         template.filled(base, 1, 2, 3)
     assert len(template._with_workspace) <= 16
+
+
+def test_each_thread_fills_a_struct_of_its_own():
+    template = ParameterTemplate(Parameters(), {"buffer": 0}, ("first", "second"))
+    words = template.filled(4096, 11, 22)
+    with ThreadPoolExecutor(1) as other:
+        others = other.submit(template.filled, 4096, 33, 44).result()
+    mine, theirs = (Parameters.from_address(each[0]) for each in (words, others))
+    assert ((mine.first, mine.second), (theirs.first, theirs.second)) == ((11, 22), (33, 44))
 
 
 def test_buffers_of_a_workspace_are_aligned_and_do_not_overlap():

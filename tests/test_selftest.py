@@ -2,11 +2,13 @@
 
 import json
 import math
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
 
-from sage_kernels import cli, selftest
+from sage_kernels import cli, selftest, selftest_warmup
 from sage_kernels.architectures import find_architecture
 from sage_kernels.attention import attention, explain, prepare
 from sage_kernels.benchmark_shapes import FORWARD_SHAPES, TRAINING_SHAPES, BenchmarkShape
@@ -100,6 +102,7 @@ def gpu(monkeypatch):
     row = {"benchmark": "whole_call", "shape": "flux", "tflops": 100.0, "rel_l1": 0.1, "extra_bytes": 5}
     rows = [{**row, "method": "sdpa_flash", "ms": 3.0}, {**row, "method": "fp4", "ms": 2.0}]
     monkeypatch.setattr(selftest, "measure", lambda rungs, device: rows)
+    monkeypatch.setattr(selftest, "warm_up", lambda rungs, device, timings, progress: None)
     check = selftest.check
     monkeypatch.setattr(selftest, "attention", emulated)
     monkeypatch.setattr(selftest, "explain", decide_emulated)
@@ -285,3 +288,46 @@ def test_shapes_count_their_operations():
     assert BenchmarkShape("a", 1, 2, 10, 64, is_causal=True).flops == 2 * 2 * 100 * 64
     names = [shape.name for shape in (*FORWARD_SHAPES, *TRAINING_SHAPES)]
     assert len(set(names)) == len(names) == 10
+
+
+def test_all_calls_of_the_selftest_are_compiled_ahead():
+    jobs = selftest_warmup.jobs(("fp4", "int8", "fp16"), timings=True)
+    wanted = {(rung, str(call)) for rung in ("fp4", "int8") for call in (*grid(), *FORWARD_SHAPES)}
+    assert {(rung, str(call)) for rung, call in jobs} == wanted
+    assert len(jobs) == len(wanted)
+    assert len(selftest_warmup.jobs(("fp4",), timings=False)) == len(list(grid()))
+
+
+def test_calls_are_made_ahead_whatever_becomes_of_one(monkeypatch):
+    made = []
+
+    def attention(*qkv, precision, **options):
+        made.append((precision, qkv[0].shape[-1], options))
+        if precision == "int8":
+            raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(selftest_warmup, "attention", attention)
+    small = BenchmarkShape("small", 1, 2, 8, 64, is_causal=True)
+    calls = [("int8", GridCall("gqa", 96, torch.bfloat16)), ("fp4", small)]
+    shown = []
+    with ThreadPoolExecutor(1) as pool:
+        selftest_warmup.run_calls(pool, calls, CPU, lambda items, text: shown.append((len(items), text)) or items)
+    assert made == [("int8", 96, {"enable_gqa": True}), ("fp4", 64, {"is_causal": True})]
+    assert shown == [(2, "compiling")]
+
+
+def test_processes_that_break_off_leave_the_compiling_to_the_selftest(capsys):
+    class Broken:
+        def submit(self, *arguments):
+            future = Future()
+            future.set_exception(BrokenProcessPool("killed"))
+            return future
+
+    selftest_warmup.run_calls(Broken(), [("fp4", FORWARD_SHAPES[0])], CPU, lambda items, text: items)
+    assert "broke off" in capsys.readouterr().out
+
+
+def test_a_single_core_compiles_nothing_ahead(monkeypatch):
+    monkeypatch.setattr(selftest_warmup.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(selftest_warmup, "run_calls", lambda *arguments: pytest.fail("made calls"))
+    selftest_warmup.warm_up(("fp4",), CPU, timings=True, progress=selftest.progress)

@@ -21,30 +21,24 @@
 // Tells a build with emulated instructions from a release build.
 __device__ __constant__ u32 sage_emulates_fp4 = 1;
 
-__device__ __forceinline__ float saturated(float x, float factor, float summand) {
-  float y;
-  asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(y) : "f"(x), "f"(factor), "f"(summand));
-  return y;
-}
-
-// Codes of eight numbers, and the values they stand for. Below 2, up to 4 and up to 6 codes are 1/2, 1 and 2 apart:
-// each piece is added to a number whose last bit counts codes, which rounds, ties to the even code. NaN becomes the
-// largest value, as with the instruction. Few of these run on the integer pipe, of which Hopper has half as much.
+// Codes of eight numbers, and the values they stand for. Added to a power of two whose last bit is E2M1's there (which
+// is 1/2 below 2), a number is rounded, ties to the even code; times 2^-126, where a float's exponents end as E2M1's
+// do, the bits of the value are the code. NaN becomes the largest value, as with the instruction.
 __device__ __forceinline__ u32 to_e2m1x8(const float (&x)[8], float (&values)[8]) {
-  constexpr float COUNTER = 12582912.0f;  // 1.5 * 2^23
-  constexpr u32 COUNTER_BITS = 0x4B400000u;
+  constexpr float LAST_BIT = 4194304.0f;                      // 2^22
+  constexpr float SMALLEST_NORMAL = 1.1754943508222875e-38f;  // 2^-126
   u32 word = 0, signs = 0;
 #pragma unroll
   for (int i = 7; i >= 0; --i) {
     float magnitude = fminf(fabsf(x[i]), 6.0f);
-    float halves = fmaf(saturated(magnitude, 0.5f, 0.0f), 4.0f, COUNTER);
-    float ones = fmaf(saturated(magnitude, 0.5f, -1.0f), 2.0f, halves);
-    float twos = ones + saturated(magnitude, 0.5f, -2.0f);
-    values[i] = copysignf(fmaf(-0.5f, halves, fmaf(2.0f, twos, -ones)) - 0.5f * COUNTER, x[i]);
-    word = word * 16 + __float_as_uint(twos);
+    float power = fmaxf(__uint_as_float(__float_as_uint(magnitude) & 0x7F800000u), 1.0f);
+    float value = fmaf(power, -LAST_BIT, fmaf(power, LAST_BIT, magnitude));
+    u32 code = __float_as_uint(value * SMALLEST_NORMAL);  // in bits 22 to 24
+    word += i < 6 ? code >> (22 - 4 * i) : code << (4 * i - 22);
     signs = __funnelshift_l(__float_as_uint(x[i]), signs, 4);
+    values[i] = copysignf(value, x[i]);
   }
-  return (word - (COUNTER_BITS + (COUNTER_BITS << 4) + (COUNTER_BITS << 8))) | (signs & 0x88888888u);
+  return word | (signs & 0x88888888u);
 }
 
 __device__ __forceinline__ u32 to_e2m1x8(const float (&x)[8]) {

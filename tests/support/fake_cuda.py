@@ -53,10 +53,10 @@ class FakeCuda(SimpleNamespace):
         write(out, number)
 
     def _launch(self, config, function, parameters, extra):
-        config = LaunchConfig.from_buffer_copy(config._obj)
+        config = LaunchConfig.from_address(config)
         shape = (*config.grid, *config.block, config.shared_bytes, config.stream)
-        self.launched_configs.append((function.value, *shape))
-        size = self.struct_bytes.get(self._entries.get(function.value))
+        self.launched_configs.append((function, *shape))
+        size = self.struct_bytes.get(self._entries.get(function))
         if size is not None:
             self.launched_structs.append(ctypes.string_at(parameters[0], size))
         self.launched_parameters.append((self.contexts[-1], ctypes.c_uint32.from_address(parameters[0]).value))

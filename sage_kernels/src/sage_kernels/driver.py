@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+import threading
 from collections.abc import Iterable
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from dataclasses import dataclass
@@ -65,11 +66,21 @@ class ConfiguredLaunch:
 
     Attributes:
         function: the kernel.
-        config: a reference to a LaunchConfig.
+        config: where the driver finds the rest.
+        address: of `config`; numbers are cheaper to pass than references.
     """
 
-    function: c_void_p
-    config: Any
+    function: int
+    config: LaunchConfig
+    address: int
+
+
+class _CurrentContext(threading.local):
+    """Where the driver writes a thread's current context."""
+
+    def __init__(self) -> None:
+        self.handle = c_void_p()
+        self.reference = byref(self.handle)
 
 
 def point_to(parameters: ctypes.Structure) -> "ctypes.Array[Any]":
@@ -82,7 +93,7 @@ def configure_launch(
 ) -> ConfiguredLaunch:
     """Grid in blocks, `threads` in each, dynamic shared memory in bytes."""
     config = LaunchConfig(grid, (threads, 1, 1), shared_bytes, stream, None, 0)
-    return ConfiguredLaunch(c_void_p(function), byref(config))
+    return ConfiguredLaunch(function, config, ctypes.addressof(config))
 
 
 class Driver:
@@ -106,6 +117,7 @@ class Driver:
         self._library = library
         self._get_context, self._launch = library.cuCtxGetCurrent, library.cuLaunchKernelEx
         self._push, self._pop = library.cuCtxPushCurrent_v2, library.cuCtxPopCurrent_v2
+        self._current = _CurrentContext()
         self._check("cuInit", library.cuInit(0))
 
     def version(self) -> tuple[int, int]:
@@ -163,16 +175,16 @@ class Driver:
             context: of the kernels.
             launches: each with an array that begins with the address of its only parameter, a struct.
         """
-        current = c_void_p()
-        result = self._get_context(byref(current))
+        current = self._current
+        result = self._get_context(current.reference)
         if result:
             self._check("cuCtxGetCurrent", result)
-        is_current = current.value == context
+        is_current = current.handle.value == context
         if not is_current:
             self._check("cuCtxPushCurrent", self._push(context))
         try:
             for launch, arguments in launches:
-                result = self._launch(launch.config, launch.function, arguments, None)
+                result = self._launch(launch.address, launch.function, arguments, None)
                 if result:
                     break
         finally:

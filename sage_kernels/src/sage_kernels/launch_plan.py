@@ -6,6 +6,7 @@ once it is made, so that threads and streams share it.
 
 import ctypes
 import math
+import threading
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -55,6 +56,14 @@ class WorkspaceLayout:
         return workspace[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
+class _OwnStruct(threading.local):
+    """A thread's filled struct and the workspace that it points into."""
+
+    def __init__(self) -> None:
+        self.workspace: int | None = None
+        self.words: ctypes.Array[Any] | None = None
+
+
 class ParameterTemplate:
     """A kernel's parameter struct that lacks nothing but addresses.
 
@@ -72,11 +81,19 @@ class ParameterTemplate:
         self._buffers = [(self._index(name), offset) for name, offset in buffers.items()]
         self._tensors = [None if name is None else self._index(name) for name in tensors]
         self._with_workspace: dict[int, bytes] = {}
+        self._own = _OwnStruct()
 
     def filled(self, workspace: int, *addresses: int) -> "ctypes.Array[Any]":
-        """The struct of one call, led by its own address, which is how the driver takes it."""
-        words = self._array.from_buffer_copy(self._with_workspace.get(workspace) or self._fill_buffers(workspace))
-        words[0] = ctypes.addressof(words) + _ADDRESS_BYTES
+        """The struct of one call, led by its own address, which is how the driver takes it.
+
+        It holds until the thread asks for the next one: a launch copies it.
+        """
+        own = self._own
+        words = own.words
+        if words is None or own.workspace != workspace:
+            words = self._array.from_buffer_copy(self._with_workspace.get(workspace) or self._fill_buffers(workspace))
+            words[0] = ctypes.addressof(words) + _ADDRESS_BYTES
+            own.words, own.workspace = words, workspace
         for field, address in zip(self._tensors, addresses, strict=True):
             if field is not None:
                 words[field] = address

@@ -25,6 +25,7 @@ from sage_kernels.kernels import find_kernel
 from sage_kernels.precision import Precision
 from sage_kernels.reference import attention_fp32
 from sage_kernels.selftest_grid import grid, kernel_recipe, run_call
+from sage_kernels.selftest_warmup import warm_up
 
 _SDPA = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
 _SHOWN = 20  # failed cases of the summary; the file has all
@@ -83,6 +84,7 @@ def selftest(output: Path, device: torch.device, timings: bool) -> bool:
     torch.cuda.set_device(device)
     here = next(each for each in capabilities() if each.device == str(device))
     report = Report(here.precisions, here.refusals)
+    warm_up(here.precisions, device, timings, progress)
     check(report, device)
     if timings:
         try:
