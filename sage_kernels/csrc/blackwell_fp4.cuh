@@ -5,9 +5,10 @@
 //   i. B: register 0 column g, k = 8t..8t+7; 1 k + 32. C: rows g, g, g+8, g+8 at columns 2t, 2t+1, 2t, 2t+1. Scales:
 //   four E4M3 for the four groups of 16 along k in one word; A's rows g and g+8 from lanes 2a and 2a+1 of the quad (a =
 //   thread-id-a), B's column g from lane b of the quad (b = thread-id-b).
-// Of mma.m16n8k32 mxf8f6f4 with E4M3 ("Matrix Fragments for mma.m16n8k32"): a register holds four elements, element i is
-// byte i. A: register 0 row g, k = 4t..4t+3; 1 row g+8; 2 row g, k + 16; 3 row g+8, k + 16. B: register 0 column g, k =
-// 4t..4t+3; 1 k + 16. C and the lanes of the scales as above; one E8M0 for all 32 along k, byte byte-id of the word.
+// Of mma.m16n8k32 mxf8f6f4 with E4M3 ("Matrix Fragments for mma.m16n8k32"): a register holds four elements, element i
+// is byte i. A: register 0 row g, k = 4t..4t+3; 1 row g+8; 2 row g, k + 16; 3 row g+8, k + 16. B: register 0 column g,
+// k = 4t..4t+3; 1 k + 16. C and the lanes of the scales as above; one E8M0 for all 32 along k, byte byte-id of the
+// word.
 #pragma once
 
 #include "ptx.cuh"

@@ -18,11 +18,11 @@ constexpr u32 QUERY_BLOCK = 32;  // query rows that one warp holds and that shar
 constexpr u32 BLOCKS = 8;        // query blocks of one thread block
 constexpr u32 QUERY_TILE = QUERY_BLOCK * BLOCKS;
 constexpr u32 KEY_TILE = 64;
-constexpr u32 K_STEPS = HEAD_DIM > 64 ? 2 : 1;           // contractions of 64 along head_dim
+constexpr u32 K_STEPS = HEAD_DIM > 64 ? 2 : 1;            // contractions of 64 along head_dim
 constexpr u32 QK_STEPS = QK_FP8 ? 2 * K_STEPS : K_STEPS;  // MMAs of Q K^T along head_dim; in MXFP8 of 32 each
-constexpr u32 KEY_COLUMNS = KEY_TILE / 8;                // n-tiles of Q K^T
-constexpr u32 VALUE_COLUMNS = HEAD_DIM / 8;              // n-tiles of P V
-constexpr u32 VALUE_SCALES = VALUE_COLUMNS > 8 ? 4 : 2;  // words a lane
+constexpr u32 KEY_COLUMNS = KEY_TILE / 8;                 // n-tiles of Q K^T
+constexpr u32 VALUE_COLUMNS = HEAD_DIM / 8;               // n-tiles of P V
+constexpr u32 VALUE_SCALES = VALUE_COLUMNS > 8 ? 4 : 2;   // words a lane
 
 constexpr u32 QUERY_CODE_BYTES = 2 * QK_STEPS * WARP * 16;
 constexpr u32 QUERY_BYTES = QUERY_CODE_BYTES + 2 * WARP * 4;
