@@ -298,16 +298,22 @@ def _format_goal(report: Report) -> list[str]:
         f"goal: {GOAL:.0%} at the public kernel's overlap asks that each of M, I and S be at most {allowed:.0f} cycles "
         f"beside T {p.tensor:.0f} ({p.tensor - useful:.0f} of it delta_s, the row sum and padding)"
     ]
+
+    def held_at(cycles: float) -> str:
+        return f"{useful / (p.tensor + SERIAL_SHARE * cycles):.1%}"
+
     if p.issue > allowed:
+        without_nops = p.issue - STEPS_A_QUADRANT * step.classes["NOP"]
         lines.append(
             f"  I is {p.issue - allowed:.0f} above: {(p.issue - allowed) / STEPS_A_QUADRANT:.0f} of "
             f"{step.instructions - step.classes['OMMA']:.0f} instructions a step are too many; "
-            f"{step.classes['NOP']:.0f} of them are NOPs that the compiler puts behind an OMMA that another follows"
+            f"{step.classes['NOP']:.0f} of them are NOPs that the compiler puts behind an OMMA that another follows; "
+            f"without any of those NOPs I alone would still hold it at {held_at(without_nops)}"
         )
     if p.shared > allowed:
         lines.append(
             f"  S is {p.shared - allowed:.0f} above: {(p.shared - allowed) / STEPS_A_MULTIPROCESSOR:.0f} of "
-            f"{step.wavefronts:.0f} wavefronts a step are too many"
+            f"{step.wavefronts:.0f} wavefronts a step are too many; S alone would hold it at {held_at(p.shared)}"
         )
     return lines
 
