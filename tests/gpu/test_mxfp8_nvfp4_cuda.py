@@ -240,3 +240,17 @@ def test_correcting_the_rounding_of_keys_counts(kernel, within):
     exact, _ = attention_fp32(q, k, v)
     without, _ = quantized_attention(q, k, v, replace(RECIPE, key_correction_rows=0))
     within(relative_l1(output, exact), 0.7 * relative_l1(without, exact))
+
+
+def test_operands_take_little_memory(kernel, within):
+    """Q at 8.25 bits an element, K at 12.75, V at 4.5: 0.53 of 16 bits each."""
+    q, k, v = make_qkv(1, 4, 4, 16384, 16384, 128, torch.bfloat16)
+    kernel.run(kernel.prepare(call_of(q, k, v)))
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call = make_call(q, k, v, None, False, None, False, None, "BHND", "fp8_fp4", False, False)
+    output, _ = kernel.run(kernel.prepare(call))
+    extra = torch.cuda.max_memory_allocated() - before - output.numel() * 2
+    within(extra / (3 * q.numel() * 2), 0.56)
