@@ -3,6 +3,8 @@
 // A thread block owns 256 query rows: eight consumer warps of 32 rows each. Four correction warps, one on each quadrant
 // of the multiprocessor, load the key/value tiles (one bulk copy each), and multiply the eight means of the query
 // blocks with both digits of K: delta_s, the start value of the consumers' accumulators, never leaves shared memory.
+//
+// With QK_FP8, Q and K are MXFP8, and delta_s is only what rounding K to it takes from the mean queries' scores.
 #include "nvfp4_rows.cuh"
 
 // Walks over all tiles of all items of this thread block, some tiles ahead of the correction.

@@ -23,15 +23,15 @@ __device__ __forceinline__ u32 quantize_channels(const float (&x)[8], GroupScale
   return quantize_elements(x, scale, values...);
 }
 
-__device__ __forceinline__ void copy_out(u8* to, const u8* from, u32 bytes) {
-  for (u32 i = threadIdx.x * 16; i < bytes; i += THREADS * 16)
-    *reinterpret_cast<uint4*>(to + i) = *reinterpret_cast<const uint4*>(from + i);
-}
-
 // The same in MXFP8, a quarter of a group: four neighbouring lanes hold one.
 __device__ __forceinline__ uint2 quantize_channels_fp8(const float (&x)[8], BlockScale& scale, float (&missed)[8]) {
   scale = block_scale(max_over_lanes(absmax_of(x), MXFP8_GROUP / 8));
   return quantize_elements(x, scale, missed);
+}
+
+__device__ __forceinline__ void copy_out(u8* to, const u8* from, u32 bytes) {
+  for (u32 i = threadIdx.x * 16; i < bytes; i += THREADS * 16)
+    *reinterpret_cast<uint4*>(to + i) = *reinterpret_cast<const uint4*>(from + i);
 }
 
 // Stores the E8M0 scale of step `step` into a word with one byte a step; with two steps, the upper half is a copy.
