@@ -22,24 +22,22 @@
 // Tells a build with emulated instructions from a release build.
 __device__ __constant__ u32 sage_emulates_fp4 = 1;
 
-// Codes of eight numbers, and the values they stand for. Added to a power of two whose last bit is E2M1's there (which
-// is 1/2 below 2), a number is rounded, ties to the even code; times 2^-126, where a float's exponents end as E2M1's
-// do, the bits of the value are the code. NaN becomes the largest value, as with the instruction.
+// Code of x, and the value it stands for. The sum with a power of two whose last bit is E2M1's there rounds, ties to
+// the even code. NaN becomes the largest value, as the instruction does.
+__device__ __forceinline__ u32 e2m1_emulated(float x, float& value) {
+  x = fmaxf(fminf(x, 6.0f), -6.0f);
+  u32 exponent = max(__float_as_uint(x) & 0x7F800000u, 0x3F800000u);  // E2M1 has a last bit of 0.5 below 2
+  u32 large = exponent + (22u << 23);
+  float sum = fabsf(x) + __uint_as_float(large);
+  value = copysignf(sum - __uint_as_float(large), x);
+  return (__float_as_uint(sum) - large + (exponent >> 22) - 254u) | (__float_as_uint(x) >> 28 & 8u);
+}
+
 __device__ __forceinline__ u32 to_e2m1x8(const float (&x)[8], float (&values)[8]) {
-  constexpr float LAST_BIT = 4194304.0f;                      // 2^22
-  constexpr float SMALLEST_NORMAL = 1.1754943508222875e-38f;  // 2^-126
-  u32 word = 0, signs = 0;
+  u32 word = 0;
 #pragma unroll
-  for (int i = 7; i >= 0; --i) {
-    float magnitude = fminf(fabsf(x[i]), 6.0f);
-    float power = fmaxf(__uint_as_float(__float_as_uint(magnitude) & 0x7F800000u), 1.0f);
-    float value = fmaf(power, -LAST_BIT, fmaf(power, LAST_BIT, magnitude));
-    u32 code = __float_as_uint(value * SMALLEST_NORMAL);  // in bits 22 to 24
-    word += i < 6 ? code >> (22 - 4 * i) : code << (4 * i - 22);
-    signs = __funnelshift_l(__float_as_uint(x[i]), signs, 4);
-    values[i] = copysignf(value, x[i]);
-  }
-  return word | (signs & 0x88888888u);
+  for (int i = 0; i < 8; ++i) word |= e2m1_emulated(x[i], values[i]) << (4 * i);
+  return word;
 }
 
 __device__ __forceinline__ u32 to_e2m1x8(const float (&x)[8]) {
