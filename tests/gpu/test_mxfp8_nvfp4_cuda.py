@@ -37,8 +37,8 @@ pytestmark = [
 ]
 
 RECIPE = RECIPES["fp8_fp4"]
-# Against exact attention, on data of normal distribution: less than FP4's 0.25.
-QUALITY = 0.18
+# Against exact attention. Worst that the reference gives on the same kind of data: 0.042.
+QUALITY = 0.06
 LENGTHS = [(100, 77), (129, 129), (257, 512), (1000, 1000)]
 
 
@@ -154,7 +154,7 @@ def test_tensors_of_any_size_are_as_accurate(check, size):
 @pytest.mark.parametrize("scale", [-0.1, 0.0, 1.0])
 def test_softmax_scale_is_honoured(check, scale):
     q, k, v = make_qkv(1, 2, 2, 300, 300, 64, torch.bfloat16)
-    check(q, k, v, scale=scale, quality=0.5)
+    check(q, k, v, scale=scale, quality=0.15)
 
 
 @pytest.mark.parametrize("layout", ["BHND", "BNHD"])
@@ -231,7 +231,7 @@ def test_packed_operands_are_bit_for_bit_those_of_the_formats(kernel, rows, keys
 
 
 def test_correcting_the_rounding_of_keys_counts(kernel, within):
-    """Where neighbours are alike and weights concentrated, without the correction the error would be twice as large."""
+    """Where neighbours are alike and weights concentrated, the error without the correction is half as large again."""
     generator = torch.Generator(device="cuda").manual_seed(0)
     waves = torch.linspace(0, 1, 1024, device="cuda")[:, None] * torch.arange(1, 13, device="cuda") * 2 * torch.pi
     waves = torch.cat((waves.sin(), waves.cos()), 1)
@@ -246,7 +246,7 @@ def test_correcting_the_rounding_of_keys_counts(kernel, within):
     output, _ = kernel.run(kernel.prepare(call_of(q, k, v)))
     exact, _ = attention_fp32(q, k, v)
     without, _ = quantized_attention(q, k, v, replace(RECIPE, key_correction_rows=0))
-    within(relative_l1(output, exact), 0.7 * relative_l1(without, exact))
+    within(relative_l1(output, exact), 0.8 * relative_l1(without, exact))
 
 
 def test_operands_take_little_memory(kernel, within):
