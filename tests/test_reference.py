@@ -147,6 +147,21 @@ def test_smoothing_q_takes_the_mean_of_a_short_last_block_over_its_own_rows():
     assert relative_l1(smooth[:, :, tail], exact[:, :, tail]) < 1.3 * relative_l1(smooth[:, :, full], exact[:, :, full])
 
 
+@pytest.mark.parametrize("rows", [256, 250])
+def test_correcting_the_rounding_of_keys_pays_where_rows_of_a_block_share_a_mean(rows):
+    q, k, v = qkv(rows=rows)
+    q = q + 8 * torch.randn(2, 4, 8, 64).repeat_interleave(32, dim=2)[:, :, :rows]
+    exact, _ = attention_fp32(q, k, v)
+    without, _ = quantized_attention(q, k, v, Recipe("mxfp8", "none"))
+    corrected, _ = quantized_attention(q, k, v, Recipe("mxfp8", "none", key_correction_rows=32))
+    assert relative_l1(corrected, exact) < 0.8 * relative_l1(without, exact)
+
+
+def test_a_mean_query_is_subtracted_or_kept():
+    with pytest.raises(ValueError, match="not both"):
+        Recipe("mxfp8", "nvfp4", smooth_q_rows=32, key_correction_rows=32)
+
+
 def test_smoothing_v_pays_where_v_has_a_mean():
     q, k, v = qkv()
     v = v + 4

@@ -51,6 +51,15 @@ def test_instructions_are_read_with_guards_and_remarks(sass):
     assert end.opcode == "EXIT"
 
 
+def test_products_in_mxfp8_take_the_tensor_pipe_as_long(sass, budget):
+    lines = [line.replace("OMMA", "QMMA") for line in consumer_loop()]
+    counted, _ = budget.attention_loops(sass.parse(listing(*lines)), 4)
+    assert (counted.turn.classes["QMMA"], counted.turn.classes["OMMA"]) == (4, 0)
+    fp4 = budget.predict(consumer(sass, budget).turn, 4)
+    mxfp8 = budget.predict(counted.turn, 4)
+    assert (mxfp8.tensor, mxfp8.issue) == (fp4.tensor, fp4.issue)
+
+
 def test_a_loop_within_a_loop_is_counted_without_the_outer_one(sass, budget):
     outer = [".L_x_0:", *consumer_loop("FADD R1, R1")[:-1], "OMMA R0, R1", "@P1 BRA `(.L_x_0)", "EXIT"]
     counted, correction = budget.attention_loops(sass.parse(listing(*outer)), 4)

@@ -16,6 +16,9 @@ The model is fixed, so that kernels can be compared. Two steps on each quadrant 
 T = 16 OMMA on the tensor pipe, M = 8 MUFU on the special-function pipe, I = 1 for each other instruction's issue, and
 the eight steps of a multiprocessor take S in shared memory: a warp's LDSM.x4 or LDS.128 4, LDS.64 2, LDS.32 1.
 Neither of the two predictions is a measurement.
+
+In the variant with Q and K in MXFP8, QK takes 64 QMMA, half the work of an OMMA each at half the rate: 16 cycles too.
+Its shares are of the same FP4 peak, so that two thirds are its bound.
 """
 
 import argparse
@@ -31,7 +34,8 @@ from disassembly import disassemble, find_nvdisasm
 from sass_listing import Function, Instruction, Loop, SassError, find_detours, find_loops, parse
 
 STEP_SCORES = 16 * 128
-WORK = ("OMMA", "SYNCS.ARRIVE")  # what a turn is for: products, and handing the tile's memory back
+PRODUCTS = ("OMMA", "QMMA")  # m16n8k64 in FP4; m16n8k32 in MXFP8, where QK is in that
+WORK = (PRODUCTS, "SYNCS.ARRIVE")  # what a turn is for: products, and handing the tile's memory back
 STEPS_A_QUADRANT = 2
 STEPS_A_MULTIPROCESSOR = 8
 SERIAL_SHARE = 0.79  # of the other pipes' cycles that the public kernel does not hide behind its MMAs
@@ -41,6 +45,7 @@ GOAL = 0.72  # share of the peak at the public kernel's overlap
 # Column titles of the table and the opcodes they stand for; anything else is "other".
 CLASSES: dict[str, tuple[str, ...]] = {
     "OMMA": ("OMMA",),
+    "QMMA": ("QMMA",),
     "MUFU": ("MUFU",),
     "FFMA": ("FFMA",),
     "FMNMX": ("FMNMX", "FMNMX3"),
@@ -199,7 +204,7 @@ def attention_loops(functions: Iterable[Function], useful: float) -> tuple[LoopC
     found = 0
     for function in functions:
         for loop in find_loops(function):
-            multiplications = function.count(loop.blocks, "OMMA")
+            multiplications = function.count(loop.blocks, PRODUCTS)
             if not function.count(loop.blocks, "MUFU.EX2"):
                 if multiplications:
                     correctors.append(count_loop(function, loop, multiplications))
@@ -221,9 +226,10 @@ def attention_loops(functions: Iterable[Function], useful: float) -> tuple[LoopC
 
 def predict(step: Cost, useful: float) -> Prediction:
     """The model of the module's docstring."""
-    tensor = STEPS_A_QUADRANT * 16 * step.classes["OMMA"]
+    products = sum(step.classes.get(name, 0) for name in PRODUCTS)
+    tensor = STEPS_A_QUADRANT * 16 * products
     special = STEPS_A_QUADRANT * 8 * step.classes["MUFU"]
-    issue = STEPS_A_QUADRANT * (step.instructions - step.classes["OMMA"])
+    issue = STEPS_A_QUADRANT * (step.instructions - products)
     shared = STEPS_A_MULTIPROCESSOR * step.wavefronts
     useful_cycles = STEPS_A_QUADRANT * 16 * useful
     pipes = {"tensor": tensor, "special function": special, "issue": issue + tensor / 16, "shared memory": shared}
@@ -290,6 +296,8 @@ def _format_predictions(report: Report, public: PublicKernel | None) -> list[str
 def _format_goal(report: Report) -> list[str]:
     """What the goal asks of every pipe, and what stands in its way."""
     p, step = report.prediction, report.step
+    if step.classes["QMMA"]:
+        return ["no goal is set with Q and K in MXFP8"]
     if p.equal_overlap >= GOAL:
         return [f"goal: {GOAL:.0%} at the public kernel's overlap is met"]
     useful = STEPS_A_QUADRANT * 16 * report.useful

@@ -78,8 +78,8 @@ class Function:
         for index in sorted(blocks):
             yield from self.blocks[index].instructions
 
-    def count(self, blocks: Iterable[int], opcode: str) -> int:
-        """Instructions whose opcode begins with this, such as "OMMA" or "MUFU.EX2"."""
+    def count(self, blocks: Iterable[int], opcode: str | tuple[str, ...]) -> int:
+        """Instructions whose opcode begins with this, such as "OMMA" or "MUFU.EX2", or with one of these."""
         return sum(instruction.opcode.startswith(opcode) for instruction in self.instructions(blocks))
 
 
@@ -157,7 +157,9 @@ def find_loops(function: Function) -> list[Loop]:
     return [Loop(header, frozenset(body)) for header, body in bodies.items()]
 
 
-def find_detours(function: Function, loop: Loop, work: tuple[str, ...], minimum: float) -> list[Detour]:
+def find_detours(
+    function: Function, loop: Loop, work: tuple[str | tuple[str, ...], ...], minimum: float
+) -> list[Detour]:
     """What a turn of the loop normally goes past: the outermost detours without which it still has its work.
 
     Args:

@@ -22,7 +22,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU"),
 ]
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-NAMES = ["nvfp4_cuda", "int8_sm90", "int8_triton", "sdpa"]
+FP4_KERNELS = {"nvfp4_cuda": "fp4", "mxfp8_nvfp4_cuda": "fp8_fp4"}
+NAMES = [*FP4_KERNELS, "int8_sm90", "int8_triton", "sdpa"]
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +36,8 @@ def without_plans(monkeypatch):
 @pytest.fixture(params=NAMES)
 def kernel(request):
     """A kernel that runs on this GPU."""
-    if request.param == "nvfp4_cuda":
-        return NVFP4CudaKernel(emulate_instructions=torch.cuda.get_device_capability()[0] != 12)
+    if request.param in FP4_KERNELS:
+        return NVFP4CudaKernel(torch.cuda.get_device_capability()[0] != 12, FP4_KERNELS[request.param])
     kernel = find_kernel(request.param)
     reason = kernel.refuse(checked(*make_qkv()), device_architecture(torch.device("cuda")))
     if reason is not None:

@@ -38,6 +38,7 @@ class FamilySources:
 
 FAMILIES: dict[str, FamilySources] = {
     "nvfp4": FamilySources(("nvfp4_*.cu",), ("kernels/triton_nvfp4.py",)),
+    "mxfp8_nvfp4": FamilySources(("nvfp4_*.cu",)),
     "int8": FamilySources(
         ("int8_*.cu",), ("kernels/triton_int8/*.py", "kernels/int8_configs.py", "kernels/int8_operands.py")
     ),
