@@ -105,10 +105,12 @@ def ideas() -> Iterator[Method]:
     for rank in (4, 16):
         yield Method(f"rank {rank} of the means of 128 rows, exact delta_s", methods.low_rank_means(rank))
     yield by_recipe("fp8_fp4 (Q, K in MXFP8)", RECIPES["fp8_fp4"])
-    yield by_recipe("fp8_fp4 without smooth Q", replace(RECIPES["fp8_fp4"], smooth_q_rows=0))
     yield by_recipe("fp8_fp4 without four over six for V", replace(RECIPES["fp8_fp4"], four_over_six=""))
-    yield by_recipe("fp8_fp4 with 32 rows per Q mean", replace(RECIPES["fp8_fp4"], smooth_q_rows=32))
     yield by_recipe("fp8_fp4 + rotation after smoothing", RECIPES["fp8_fp4"], methods.rotate)
+    for rows in (0, 128, 32):
+        label = f"{rows} rows per Q mean, exact delta_s" if rows else "no smooth Q"
+        recipe = Recipe("mxfp8", "nvfp4", smooth_q_rows=rows, smooth_v=True, four_over_six="v")
+        yield by_recipe(f"Q, K in MXFP8, {label}", recipe)
     yield by_recipe("Q, K in FP4 as ours, P, V in FP8", replace(OURS, pv="fp8", linear_exp_of_8=0))
 
 

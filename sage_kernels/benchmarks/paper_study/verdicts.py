@@ -79,15 +79,19 @@ VERDICTS = {
         "Q K at half the FP4 rate: 1.5 x the MMA time in all; K at 8.25 bits instead of 9 with both digits",
         "adopted as a rung of its own",
     ),
-    "fp8_fp4 without smooth Q": ("no delta_s at all", "rejected: smoothing still helps MXFP8"),
     "fp8_fp4 without four over six for V": ("the same in the loop", "rejected: four over six is free there"),
-    "fp8_fp4 with 32 rows per Q mean": (
-        "4 means for 128 rows instead of 1: the same m16 MMA tile of delta_s",
-        "open: as in FP4, much where neighbours are alike",
-    ),
     "fp8_fp4 + rotation after smoothing": (
         "none in the loop; 7 butterfly stages for each row of Q and K in preparation",
         "open, as for fp4",
+    ),
+    "Q, K in MXFP8, no smooth Q": ("no delta_s at all", "rejected: smoothing still helps MXFP8"),
+    "Q, K in MXFP8, 128 rows per Q mean, exact delta_s": (
+        "delta_s of N / 128 x N floats a head in memory",
+        "rejected: its memory",
+    ),
+    "Q, K in MXFP8, 32 rows per Q mean, exact delta_s": (
+        "delta_s of N / 32 x N floats a head in memory",
+        "rejected: its memory",
     ),
     "Q, K in FP4 as ours, P, V in FP8": (
         "P V at half the FP4 rate: 1.5 x the MMA time; V at 8 bits",
