@@ -68,6 +68,24 @@ def test_ssim_is_that_of_skimage(study):
     assert ssim(a, b).tolist() == pytest.approx(expected, abs=1e-9)
 
 
+def test_result_files_are_joined_only_if_they_are_of_one_run(study, tmp_path):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: the judge of clips needs it")
+    join = study("end_to_end").join
+    about = {"gpu": "a", "commit": "b", "clips": 560}
+    one, two, other = (tmp_path / name for name in ("one", "two", "other"))
+    for path, commit, methods in ((one, "b", ("fp16", "fp4")), (two, "b", ("fp16", "int8")), (other, "c", ("fp4",))):
+        content = {**about, "commit": commit, "rows": [{"method": x, "from": path.name} for x in methods]}
+        path.write_text(json.dumps(content))
+    rows = [(row["method"], row["from"]) for row in join([one, two])["rows"]]
+    assert rows == [
+        ("fp16", "one"),
+        ("int8", "two"),
+        ("fp4", "one"),
+    ]
+    with pytest.raises(SystemExit, match="differ in commit"):
+        join([one, other])
+
+
 def test_report_has_every_table_and_says_what_is_missing(study, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib draws the report's pictures")
     tables, render = study("paper_study.tables"), study("paper_study.render")

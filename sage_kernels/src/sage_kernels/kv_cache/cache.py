@@ -1,4 +1,4 @@
-"""KVCache: append and attend; Triton on a GPU, the plain reference elsewhere."""
+"""KVCache: append and attend; Triton and CUDA on a GPU, the plain reference elsewhere."""
 
 import importlib.util
 

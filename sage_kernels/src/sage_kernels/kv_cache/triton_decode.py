@@ -1,4 +1,4 @@
-"""Attention of a few query rows to the cache: split over the keys, then put together.
+"""Attention of query rows to the cache where cuda_decode.py serves none: split over the keys, then put together.
 
 E2M1 codes become float16 by moving bits: sign to sign, the two exponent bits and the mantissa bit to where float16 has
 its lowest exponent bits and highest mantissa bit, which is the value times 2^-14, subnormal numbers included. Times a
