@@ -17,7 +17,8 @@ _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _MOST_ROWS = 64  # that share a key head; beyond, every block of rows would read the cache again
 _LEAST_KEYS = 256  # of a block: two steps of each of its warps
 _MAX_SPLITS = 256
-# Blocks of a multiprocessor by head_dim and rows: as __launch_bounds__ has it, on Blackwell one fewer.
+# Blocks of a multiprocessor by head_dim and rows, as __launch_bounds__ has them; one fewer from _ONE_FEWER on.
+_ONE_FEWER = 12  # major compute capability
 _RESIDENT = {(64, 8): 4, (64, 16): 3, (128, 8): 3, (128, 16): 2}
 _ENOUGH = 0.9  # of the GPU filled: more splits would only make more to combine
 
@@ -122,8 +123,10 @@ def _plan(form: DecodeForm) -> tuple[LaunchSequence, int]:
     group_rows = heads // form.kv_heads * query_length
     block_rows = next((rows for rows in KV_CACHE_ROWS if group_rows <= rows), KV_CACHE_ROWS[-1])
     blocks = batch * form.kv_heads * -(-group_rows // block_rows)
-    processors = torch.cuda.get_device_properties(form.device).multi_processor_count
-    splits = form.splits or choose_splits(blocks, form.padded_capacity, processors * _RESIDENT[head_dim, block_rows])
+    properties = torch.cuda.get_device_properties(form.device)
+    resident = _RESIDENT[head_dim, block_rows] - (properties.major >= _ONE_FEWER)
+    slots = properties.multi_processor_count * resident
+    splits = form.splits or choose_splits(blocks, form.padded_capacity, slots)
     splits = min(splits, _MAX_SPLITS)
     rows = batch * heads * query_length
     parts = splits if splits > 1 else 0
