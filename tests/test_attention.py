@@ -201,7 +201,6 @@ def test_inputs_that_require_gradients_are_refused_by_quantised_rungs():
         ((10, 0), "fp8_fp4", "tcgen05"),
         ((10, 3), "fp8_fp4", "tcgen05"),
         ((11, 0), "fp4", "tcgen05"),
-        ((12, 0), "fp8_fp4", "no kernel yet"),
         ((13, 0), "fp4", "not in the table"),
     ],
 )
@@ -210,6 +209,13 @@ def test_each_architecture_says_why_not(monkeypatch, capability, precision, reas
     decision = dispatch.decide(_call(precision))
     assert decision.kernel is None
     assert reason in decision.refusals[0].reason
+
+
+def test_a_rung_without_a_kernel_says_so(monkeypatch):
+    pretend_gpu(monkeypatch, (12, 0))
+    decision = dispatch.decide(_call("fp8_fp4"), [each for each in KERNELS if each.emulated])
+    assert decision.kernel is None
+    assert "no kernel yet for Q, K in MXFP8" in decision.refusals[0].reason
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda row: row.name)

@@ -12,6 +12,8 @@ from sage_kernels.kernel_variants import EMULATION_OPTION, VARIANTS
 NATIVE_OPCODES: dict[str, dict[str, tuple[str, ...]]] = {
     "nvfp4_attention": {"sm_120a": ("OMMA",), "sm_121a": ("OMMA",)},
     "nvfp4_prepare": {},
+    "mxfp8_nvfp4_attention": {"sm_120a": ("QMMA", "OMMA"), "sm_121a": ("QMMA", "OMMA")},
+    "mxfp8_nvfp4_prepare": {},
     "int8_sm90_attention": {"sm_90a": ("IGMMA", "QGMMA")},
     "int8_sm90_prepare": {},
     "kv_cache": dict.fromkeys(("sm_90a", "sm_120a", "sm_121a"), ("HMMA", "MOVM")),

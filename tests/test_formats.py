@@ -148,6 +148,12 @@ def test_mxfp8_scale_is_the_smallest_power_of_two_that_does_not_saturate(exponen
     assert formats.quantize_mxfp8(above).scales.item() == exponent + 128
 
 
+def test_mxfp8_group_of_zeros_gets_the_smallest_scale():
+    quantized = formats.quantize_mxfp8(torch.tensor([0.0, -0.0] * 16))
+    assert quantized.scales.item() == 0
+    assert not formats.dequantize_mxfp8(quantized).any()
+
+
 def test_mxfp8_codes_agree_with_ml_dtypes():
     x = torch.randn(64, 32) * torch.logspace(-6, 6, 64)[:, None]
     quantized = formats.quantize_mxfp8(x)

@@ -54,6 +54,7 @@ STRUCTS = {
 }
 KERNELS = {
     "nvfp4": (NVFP4CudaKernel(True), nvfp4_cuda._PrepareParameters, nvfp4_cuda._AttentionParameters),
+    "mxfp8": (NVFP4CudaKernel(True, "fp8_fp4"), nvfp4_cuda._PrepareParameters, nvfp4_cuda._AttentionParameters),
     "int8_sm90": (Int8Sm90Kernel(), int8_sm90._Parameters, int8_sm90._Parameters),
 }
 
@@ -84,7 +85,7 @@ def test_a_plan_gives_the_addresses_and_strides_of_each_call(cuda, name, layout)
         assert len(cuda.launched_structs) == {"nvfp4": 3, "int8_sm90": 2}[name]
         assert set(cuda.launched_structs[:-1]) == {cuda.launched_structs[0]}
         prepared, ran = read(cuda, prepare_struct, 0), read(cuda, run_struct, -1)
-        address = (lambda field: field.data) if name == "nvfp4" else (lambda field: field)
+        address = (lambda field: field.data) if name != "int8_sm90" else (lambda field: field)
         for tensor, field in ((call.query, "query"), (call.key, "key"), (call.value, "value")):
             assert address(getattr(prepared, field)) == tensor.data_ptr(), number
         assert prepared.key_lengths == ran.key_lengths == lengths.data_ptr()
@@ -157,7 +158,7 @@ def test_float32_is_copied_to_bfloat16_in_either_layout(cuda, name):
         output, _ = plan.run(plan.prepare_call(call))
         assert output.dtype == torch.float32
         prepared = read(cuda, prepare_struct, 0)
-        if name == "nvfp4":
+        if name != "int8_sm90":
             address, strides = prepared.query.data, prepared.query.strides[:3]
         else:
             address, strides = prepared.query, prepared.query_strides[:]

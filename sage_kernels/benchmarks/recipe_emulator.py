@@ -109,7 +109,7 @@ def emulate(operands: QuantizedOperands, recipe: Recipe, scale: float, keys: int
         HEAD_DIM=head_dim,
         BLOCK_M=ROWS,
         BLOCK_N=recipe.key_block,
-        MEAN_ROWS=recipe.smooth_q_rows,
+        MEAN_ROWS=recipe.mean_rows,
         THRESHOLD=recipe.rescale_threshold,
         LOG2_STRETCH=math.log2(E4M3_MAX * E2M1_MAX) - recipe.rescale_threshold,
         LINEAR=recipe.linear_exp_of_8,

@@ -5,6 +5,10 @@
 //   i. B: register 0 column g, k = 8t..8t+7; 1 k + 32. C: rows g, g, g+8, g+8 at columns 2t, 2t+1, 2t, 2t+1. Scales:
 //   four E4M3 for the four groups of 16 along k in one word; A's rows g and g+8 from lanes 2a and 2a+1 of the quad (a =
 //   thread-id-a), B's column g from lane b of the quad (b = thread-id-b).
+// Of mma.m16n8k32 mxf8f6f4 with E4M3 ("Matrix Fragments for mma.m16n8k32"): a register holds four elements, element i
+// is byte i. A: register 0 row g, k = 4t..4t+3; 1 row g+8; 2 row g, k + 16; 3 row g+8, k + 16. B: register 0 column g,
+// k = 4t..4t+3; 1 k + 16. C and the lanes of the scales as above; one E8M0 for all 32 along k, byte byte-id of the
+// word.
 #pragma once
 
 #include "ptx.cuh"
@@ -94,6 +98,30 @@ __device__ __forceinline__ void mma_nvfp4(float (&d)[4], const u32 (&a)[4], u32 
   d[0] = result.x, d[1] = result.y, d[2] = result.z, d[3] = result.w;
 }
 
+__device__ __forceinline__ float from_e8m0(u32 byte) {
+  return __uint_as_float(byte == 255 ? 0x7FFFFFFFu : byte ? byte << 23 : 0x00400000u);
+}
+
+// E4M3 fragments lie as in the instruction without scales that this GPU has; its sum of 32 products takes the scales.
+template <u32 BYTE_A, u32 THREAD_A, u32 BYTE_B, u32 THREAD_B>
+__device__ __forceinline__ void mma_mxfp8(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4],
+                                          u32 scale_a, u32 scale_b) {
+  float sums[4];
+  asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+      : "=f"(sums[0]), "=f"(sums[1]), "=f"(sums[2]), "=f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+  u32 lane = threadIdx.x % WARP, quad = lane & ~3u, column = (lane & 3) * 2;
+  float rows[2], columns[2];
+#pragma unroll
+  for (u32 i = 0; i < 2; ++i) {
+    rows[i] = from_e8m0(__shfl_sync(ALL_LANES, scale_a, quad + 2 * THREAD_A + i) >> (8 * BYTE_A) & 0xFF);
+    columns[i] = from_e8m0(__shfl_sync(ALL_LANES, scale_b, 4 * (column + i) + THREAD_B) >> (8 * BYTE_B) & 0xFF);
+  }
+#pragma unroll
+  for (u32 i = 0; i < 4; ++i) d[i] = fmaf(sums[i] * rows[i >> 1], columns[i & 1], c[i]);
+}
+
 #else
 
 // Eight E2M1 codes, rounded to nearest even and saturated at 6, x[0] in the lowest nibble.
@@ -136,6 +164,17 @@ __device__ __forceinline__ void mma_nvfp4(float (&d)[4], const u32 (&a)[4], u32 
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]),
         "r"(scale_a), "r"(scale_b), "n"(THREAD_A), "n"(THREAD_B));
+}
+
+// d = a b + c, 16x32 by 32x8, E4M3 with an E8M0 scale for every 32 along k: bytes BYTE_A and BYTE_B of the scale words.
+template <u32 BYTE_A, u32 THREAD_A, u32 BYTE_B, u32 THREAD_B>
+__device__ __forceinline__ void mma_mxfp8(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4],
+                                          u32 scale_a, u32 scale_b) {
+  asm("mma.sync.aligned.m16n8k32.row.col.kind::mxf8f6f4.block_scale.scale_vec::1X.f32.e4m3.e4m3.f32.ue8m0 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13}, {%14}, {%16, %17}, {%15}, {%18, %19};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]),
+        "r"(scale_a), "r"(scale_b), "n"(BYTE_A), "n"(THREAD_A), "n"(BYTE_B), "n"(THREAD_B));
 }
 
 #endif

@@ -38,7 +38,7 @@ struct Loader {
   }
 };
 
-// delta_s of two n-tiles: (means of the eight query blocks) x (16 keys), against both digits of K.
+// delta_s of two n-tiles: (means of the eight query blocks) x (16 keys), against K's digits in NVFP4.
 __device__ __forceinline__ void correct_tile(u32 stage, const u32 (&mean)[K_STEPS][4], u32 mean_scale, u32 warp,
                                              u32 lane) {
   constexpr u32 WORDS = 2 * K_STEPS;  // scale words of two n-tiles, one a lane of the quad
@@ -46,8 +46,8 @@ __device__ __forceinline__ void correct_tile(u32 stage, const u32 (&mean)[K_STEP
   u32 scale_offset = ((lane & ~3u) + (word & 3)) * (WORDS * 4) + (word >> 2) * 4;
   float delta[2][4] = {};
 #pragma unroll
-  for (u32 digit = 0; digit < 2; ++digit) {
-    u32 key = stage + digit * KEY_BYTES, scale = load_shared_4<KEY_CODE_BYTES>(key + scale_offset);
+  for (u32 digit = 0; digit < DIGITS; ++digit) {
+    u32 key = stage + DIGIT_OFFSET + digit * DIGIT_BYTES, scale = load_shared_4<DIGIT_CODE_BYTES>(key + scale_offset);
     u32 codes[2 * K_STEPS * 2];
 #pragma unroll
     for (u32 chunk = 0; chunk < K_STEPS; ++chunk) {
@@ -111,10 +111,13 @@ __device__ __forceinline__ void start_rows(const Parameters& p, const Item& item
 #pragma unroll
   for (u32 m = 0; m < 2; ++m) {
 #pragma unroll
-    for (u32 step = 0; step < K_STEPS; ++step) {
-      uint4 four = *reinterpret_cast<const uint4*>(image + ((m * K_STEPS + step) * WARP + lane) * 16);
-      rows.query[m][step][0] = four.x, rows.query[m][step][1] = four.y, rows.query[m][step][2] = four.z,
-      rows.query[m][step][3] = four.w;
+    for (u32 step = 0; step < QK_STEPS; ++step) {
+      uint4 four = *reinterpret_cast<const uint4*>(image + ((m * QK_STEPS + step) * WARP + lane) * 16);
+      if (step < HELD_STEPS)
+        rows.query[m][step][0] = four.x, rows.query[m][step][1] = four.y, rows.query[m][step][2] = four.z,
+        rows.query[m][step][3] = four.w;
+      else  // read again by the lane that writes them
+        store_shared_16(parked_address(threadIdx.x) + ((step - HELD_STEPS) * 2 + m) * WARP * 16, four);
     }
     rows.query_scale[m] = *reinterpret_cast<const u32*>(image + QUERY_CODE_BYTES + (m * WARP + lane) * 4);
     rows.shift[m] = LOG2_STRETCH - NO_MAXIMUM;

@@ -35,11 +35,21 @@ constexpr u32 THREADS = (CORRECTION_WARPS + BLOCKS) * WARP;
 constexpr u32 DELTA_BYTES =
     BLOCKS * KEY_TILE * 8;  // each value twice: a whole accumulator fragment is one 16-byte load
 constexpr u32 STAGE_BYTES = TILE_BYTES + DELTA_BYTES + 32;  // and three barriers
-constexpr u32 STAGES = HEAD_DIM > 64 ? 5 : 9;
+// In MXFP8 the last steps of Q along head_dim, for which there are no registers, wait behind the stages.
+constexpr u32 PARKED_STEPS = QK_FP8 && HEAD_DIM > 64 ? 2 + MASK : 0;
+constexpr u32 STAGES = QK_FP8 ? (HEAD_DIM > 64 ? 3 : 7) : (HEAD_DIM > 64 ? 5 : 9);
+constexpr u32 HELD_STEPS = QK_STEPS - PARKED_STEPS;
+constexpr u32 PARKED_BYTES = PARKED_STEPS * 2 * WARP * 16;  // of one consumer warp
 constexpr u32 CORRECTION_REGISTERS = 40;
 constexpr u32 CONSUMER_REGISTERS = 232;
 
 extern __shared__ __align__(128) u8 memory[];
+
+// Where a consumer lane's words of the parked steps of Q are: behind the stages.
+__device__ __forceinline__ u32 parked_address(u32 thread) {
+  u32 consumer = thread - CORRECTION_WARPS * WARP;
+  return shared_address(memory) + STAGES * STAGE_BYTES + consumer / WARP * PARKED_BYTES + consumer % WARP * 16;
+}
 
 // A position in the ring of stages: the address of a stage, and two bits: whether the ring went round an odd number of
 // times, and whether the tile is taken a second time.

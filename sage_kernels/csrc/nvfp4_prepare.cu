@@ -2,6 +2,9 @@
 //   nvfp4_prepare_queries: Q smoothed by the mean of 32 rows and quantised; partial statistics of K and V.
 //   nvfp4_prepare_keys_values: K and V smoothed and quantised, K in two digits; LSE shifts; which tiles a mask leaves
 //   open.
+// With QK_FP8, Q and K's first digit are MXFP8, and the mean stays in the rows: it corrects what that digit misses
+// only.
+#include "mxfp8_quantize.cuh"
 #include "nvfp4_statistics.cuh"
 
 constexpr u32 TILES_PER_BLOCK = 4;  // key tiles
@@ -23,6 +26,18 @@ __device__ __forceinline__ u32 quantize_channels(const float (&x)[8], GroupScale
 __device__ __forceinline__ void copy_out(u8* to, const u8* from, u32 bytes) {
   for (u32 i = threadIdx.x * 16; i < bytes; i += THREADS * 16)
     *reinterpret_cast<uint4*>(to + i) = *reinterpret_cast<const uint4*>(from + i);
+}
+
+// The same in MXFP8, a quarter of a group: four neighbouring lanes hold one.
+__device__ __forceinline__ uint2 quantize_channels_fp8(const float (&x)[8], BlockScale& scale, float (&missed)[8]) {
+  scale = block_scale(max_over_lanes(absmax_of(x), MXFP8_GROUP / 8));
+  return quantize_elements(x, scale, missed);
+}
+
+// Stores the E8M0 scale of step `step` into a word with one byte a step; with two steps, the upper half is a copy.
+__device__ __forceinline__ void store_step_scale(u8* word, u32 step, u32 code) {
+  word[step] = u8(code);
+  if (QK_STEPS == 2) word[step + 2] = u8(code);
 }
 
 struct QueryImages {
@@ -79,7 +94,7 @@ __device__ void quantize_queries(const Parameters& p, QueryImages& shared, u32 i
     }
   }
 #pragma unroll
-  for (u32 i = 0; i < 8; ++i) means[i] = rounded[i] * group.value;
+  for (u32 i = 0; i < 8; ++i) means[i] = QK_FP8 ? 0.0f : rounded[i] * group.value;
 
   u8* image = images + warp * QUERY_BYTES;
 #pragma unroll
@@ -91,12 +106,23 @@ __device__ void quantize_queries(const Parameters& p, QueryImages& shared, u32 i
       float q = to_float<ROWS>(p, raw[job][i / 2] >> (16 * (i & 1)));
       x[i] = ROWS != ANY_ROWS || row < count ? fmaf(q, signed_scale, -means[i]) : 0.0f;
     }
-    reinterpret_cast<u32*>(image)[((m * K_STEPS + step) * WARP + 4 * g + thread) * 4 + high + 2 * half] =
-        quantize_channels(x, group);
-    if (piece % 2 == 0) {
-      u8* scales = image + QUERY_CODE_BYTES + (m * WARP + 4 * g + high) * 4 + group_index;
-      scales[2 * step * 4] = u8(group.code);
-      if (K_STEPS == 1) scales[2 * 4] = u8(group.code);
+    u32* words = reinterpret_cast<u32*>(image);
+    if constexpr (QK_FP8) {
+      BlockScale block;
+      float missed[8];
+      uint2 two = quantize_channels_fp8(x, block, missed);
+      u32 word = ((m * QK_STEPS + piece / 4) * WARP + 4 * g + piece * 2 % 4) * 4 + high + piece % 4 / 2 * 2;
+      words[word] = two.x, words[word + 4] = two.y;
+      if (piece % 4 < 2)
+        store_step_scale(image + QUERY_CODE_BYTES + (m * WARP + 4 * g + high + piece % 4 * 2) * 4, piece / 4,
+                         block.code);
+    } else {
+      words[((m * K_STEPS + step) * WARP + 4 * g + thread) * 4 + high + 2 * half] = quantize_channels(x, group);
+      if (piece % 2 == 0) {
+        u8* scales = image + QUERY_CODE_BYTES + (m * WARP + 4 * g + high) * 4 + group_index;
+        scales[2 * step * 4] = u8(group.code);
+        if (K_STEPS == 1) scales[2 * 4] = u8(group.code);
+      }
     }
   }
   u32 item = (batch * p.heads + head) * p.query_tiles + tile;
@@ -126,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) nvfp4_prepare_queries(cons
   quantize_queries<ANY_ROWS>(p, shared.queries, index);
 }
 
-// 64 keys in two digits. A thread takes 8 channels of a key: one word of a B fragment.
+// 64 keys in two digits. A thread takes 8 channels of a key: one word of a B fragment, in MXFP8 two.
 template <RowForm ROWS>
 __device__ __forceinline__ void quantize_keys(const Parameters& p, const HeadStatistics& statistics, u8* image,
                                               u32 batch, u32 head, u32 tile, int keys) {
@@ -153,12 +179,23 @@ __device__ __forceinline__ void quantize_keys(const Parameters& p, const HeadSta
     u32 in_half = key % 32, n = key / 32 * 4 + in_half % 8 / 2, g = in_half / 8 * 2 + in_half % 2;
     u32 word = (n * K_STEPS + step) * 2 + within / 4, scale_word = n * K_STEPS + step;
     u32 code_offset = ((word / 4 * WARP + 4 * g + within % 4) * 4 + word % 4) * 4;
-    u32 scale_offset = KEY_CODE_BYTES + ((4 * g + scale_word % 4) * (2 * K_STEPS) + scale_word / 4) * 4 + within / 2;
-    u32 codes[1];
+    u32 scale_offset = DIGIT_CODE_BYTES + ((4 * g + scale_word % 4) * (2 * K_STEPS) + scale_word / 4) * 4 + within / 2;
     float missed[1][8];
-    GroupScale group = quantize_four_over_six<2, 8>(x, max_over_lanes(absmax_of(x[0]), 2), codes, missed);
-    *reinterpret_cast<u32*>(image + code_offset) = codes[0];
-    if (within % 2 == 0) image[scale_offset] = u8(group.code);
+    GroupScale group;
+    if constexpr (QK_FP8) {
+      BlockScale block;
+      uint2 two = quantize_channels_fp8(x[0], block, missed[0]);
+      u32* words = reinterpret_cast<u32*>(image) + (n / 2 * QK_STEPS + piece / 4) * WARP * 4;
+      words += (4 * g + piece * 2 % 4) * 4 + n % 2 * 2 + piece % 4 / 2;
+      words[0] = two.x, words[4] = two.y;
+      if (piece % 4 == 0)
+        store_step_scale(image + KEY_CODE_BYTES + ((4 * g + n % 4) * 2 + n / 4) * 4, piece / 4, block.code);
+    } else {
+      u32 codes[1];
+      group = quantize_four_over_six<2, 8>(x, max_over_lanes(absmax_of(x[0]), 2), codes, missed);
+      *reinterpret_cast<u32*>(image + code_offset) = codes[0];
+      if (within % 2 == 0) image[scale_offset] = u8(group.code);
+    }
     *reinterpret_cast<u32*>(image + KEY_BYTES + code_offset) = quantize_channels(missed[0], group);
     if (within % 2 == 0) image[KEY_BYTES + scale_offset] = u8(group.code);
   }

@@ -20,7 +20,7 @@ constexpr u32 LINEAR_FROM = 5;                        // of every eight weights,
 // What a consumer warp keeps of its 32 query rows: two m-tiles of 16. A lane holds rows g and g + 8 of each; the two
 // lanes of a pair share a group of 16 keys, and each looks after the scales of one row: "its" row g + 8 * (lane & 1).
 struct Rows {
-  u32 query[2][K_STEPS][4];
+  u32 query[2][HELD_STEPS][4];
   u32 query_scale[2];
   float output[2][VALUE_COLUMNS][4];
   float sum[2][4];
@@ -150,10 +150,10 @@ struct StageView {
   u32 delta;      // delta_s of the warp's rows
 };
 
-// Scales of K's 32 keys of one half: K_STEPS words a lane.
+// Scales of K's 32 keys of one half.
 template <u32 HALF>
-__device__ __forceinline__ void load_key_scales(u32 (&words)[K_STEPS], const StageView& stage) {
-  if constexpr (K_STEPS == 2) {
+__device__ __forceinline__ void load_key_scales(u32 (&words)[KEY_SCALES], const StageView& stage) {
+  if constexpr (KEY_SCALES == 2) {
     uint2 two = load_shared_8<KEY_CODE_BYTES + 8 * HALF>(stage.fragments);
     words[0] = two.x, words[1] = two.y;
   } else {
@@ -174,7 +174,7 @@ __device__ __forceinline__ void load_value_scales(u32 (&words)[VALUE_SCALES], co
 // Q K^T of one n-tile (8 keys) for both m-tiles, on top of delta_s.
 template <u32 COLUMN>
 __device__ __forceinline__ void multiply_qk_column(const Rows& rows, const StageView& stage,
-                                                   const u32 (&key_scale)[K_STEPS], u32 b0, u32 b1, u32 b2, u32 b3,
+                                                   const u32 (&key_scale)[KEY_SCALES], u32 b0, u32 b1, u32 b2, u32 b3,
                                                    float (&low)[4], float (&high)[4]) {
   constexpr u32 word = COLUMN % 4 * K_STEPS;  // of the half
   uint4 delta = load_shared_16<TILE_BYTES + COLUMN * BLOCKS * 64>(stage.delta);
@@ -189,10 +189,58 @@ __device__ __forceinline__ void multiply_qk_column(const Rows& rows, const Stage
   }
 }
 
+// Operand A of one step, both m-tiles: from registers or from where start_rows put it.
+template <u32 STEP>
+__device__ __forceinline__ void load_query_step(u32 (&query)[2][4], const Rows& rows, const StageView& stage) {
+  if constexpr (STEP < HELD_STEPS) {
+#pragma unroll
+    for (u32 m = 0; m < 2; ++m)
+#pragma unroll
+      for (u32 i = 0; i < 4; ++i) query[m][i] = rows.query[m][STEP][i];
+  } else {
+    constexpr u32 OFFSET = (STEP - HELD_STEPS) * 2 * WARP * 16;
+    u32 parked = parked_address(thread_index());  // no register for what is the same in every call
+    uint4 low = load_shared_16<OFFSET>(parked), high = load_shared_16<OFFSET + WARP * 16>(parked);
+    query[0][0] = low.x, query[0][1] = low.y, query[0][2] = low.z, query[0][3] = low.w;
+    query[1][0] = high.x, query[1][1] = high.y, query[1][2] = high.z, query[1][3] = high.w;
+  }
+}
+
+// S of four n-tiles in MXFP8, on top of delta_s, from step STEP along head_dim on. Bytes of the scale words belong to
+// steps, lanes of a quad to n-tiles.
+template <u32 HALF, u32 STEP>
+__device__ __forceinline__ void multiply_qk_step(const Rows& rows, const StageView& stage, u32 key_scale,
+                                                 float (&low)[4][4], float (&high)[4][4]) {
+  if constexpr (PARKED_STEPS > 0) __syncwarp();  // loads stay behind it: made earlier, they would need registers
+  u32 query[2][4];
+  load_query_step<STEP>(query, rows, stage);
+  uint4 first = load_shared_16<(2 * HALF * QK_STEPS + STEP) * WARP * 16>(stage.fragments);
+  mma_mxfp8<STEP, 0, STEP, 0>(low[0], query[0], first.x, first.y, low[0], rows.query_scale[0], key_scale);
+  mma_mxfp8<STEP, 0, STEP, 0>(high[0], query[1], first.x, first.y, high[0], rows.query_scale[1], key_scale);
+  mma_mxfp8<STEP, 0, STEP, 1>(low[1], query[0], first.z, first.w, low[1], rows.query_scale[0], key_scale);
+  mma_mxfp8<STEP, 0, STEP, 1>(high[1], query[1], first.z, first.w, high[1], rows.query_scale[1], key_scale);
+  uint4 second = load_shared_16<((2 * HALF + 1) * QK_STEPS + STEP) * WARP * 16>(stage.fragments);
+  mma_mxfp8<STEP, 0, STEP, 2>(low[2], query[0], second.x, second.y, low[2], rows.query_scale[0], key_scale);
+  mma_mxfp8<STEP, 0, STEP, 2>(high[2], query[1], second.x, second.y, high[2], rows.query_scale[1], key_scale);
+  mma_mxfp8<STEP, 0, STEP, 3>(low[3], query[0], second.z, second.w, low[3], rows.query_scale[0], key_scale);
+  mma_mxfp8<STEP, 0, STEP, 3>(high[3], query[1], second.z, second.w, high[3], rows.query_scale[1], key_scale);
+  if constexpr (STEP + 1 < QK_STEPS) multiply_qk_step<HALF, STEP + 1>(rows, stage, key_scale, low, high);
+}
+
+template <u32 HALF, u32 COLUMN = 0>
+__device__ __forceinline__ void start_scores(const StageView& stage, float (&low)[4][4], float (&high)[4][4]) {
+  uint4 delta = load_shared_16<TILE_BYTES + (4 * HALF + COLUMN) * BLOCKS * 64>(stage.delta);
+  low[COLUMN][0] = high[COLUMN][0] = __uint_as_float(delta.x);
+  low[COLUMN][1] = high[COLUMN][1] = __uint_as_float(delta.y);
+  low[COLUMN][2] = high[COLUMN][2] = __uint_as_float(delta.z);
+  low[COLUMN][3] = high[COLUMN][3] = __uint_as_float(delta.w);
+  if constexpr (COLUMN < 3) start_scores<HALF, COLUMN + 1>(stage, low, high);
+}
+
 // S of two n-tiles.
 template <u32 COLUMN>
 __device__ __forceinline__ void multiply_qk_pair(const Rows& rows, const StageView& stage,
-                                                 const u32 (&key_scale)[K_STEPS], float (&low)[4][4],
+                                                 const u32 (&key_scale)[KEY_SCALES], float (&low)[4][4],
                                                  float (&high)[4][4]) {
   constexpr u32 n = COLUMN % 4, chunk = COLUMN * K_STEPS / 2;
   uint4 first = load_shared_16<chunk * WARP * 16>(stage.fragments);
@@ -258,10 +306,15 @@ struct Half {
   template <bool MASKED, u32 HALF>
   __device__ __forceinline__ bool score(const Parameters& p, const Rows& rows, const StageView& stage,
                                         const Position& at, float factor, u32 lane) {
-    u32 key_scale[K_STEPS];
+    u32 key_scale[KEY_SCALES];
     load_key_scales<HALF>(key_scale, stage);
-    multiply_qk_pair<4 * HALF>(rows, stage, key_scale, scores[0], scores[1]);
-    multiply_qk_pair<4 * HALF + 2>(rows, stage, key_scale, scores[0], scores[1]);
+    if constexpr (QK_FP8) {
+      start_scores<HALF>(stage, scores[0], scores[1]);
+      multiply_qk_step<HALF, 0>(rows, stage, key_scale[0], scores[0], scores[1]);
+    } else {
+      multiply_qk_pair<4 * HALF>(rows, stage, key_scale, scores[0], scores[1]);
+      multiply_qk_pair<4 * HALF + 2>(rows, stage, key_scale, scores[0], scores[1]);
+    }
 #pragma unroll
     for (u32 m = 0; m < 2; ++m) {
       if (MASKED) mask_scores(p, at, rows.factor, scores[m], m, HALF, lane);

@@ -16,6 +16,13 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
   return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
+// threadIdx.x, read anew.
+__device__ __forceinline__ u32 thread_index() {
+  u32 x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
 // The same value, but the compiler must keep it: it would compute cheap ones anew in an inner loop.
 __device__ __forceinline__ u32 keep(u32 x) {
   asm volatile("mov.b32 %0, %0;" : "+r"(x));
@@ -71,6 +78,11 @@ __device__ __forceinline__ u32 load_shared_4(u32 address) {
 
 __device__ __forceinline__ void store_shared_16(u32 address, float x, float y, float z, float w) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_16(u32 address, uint4 x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
 }
 
 // Barriers (mbarrier objects) are 8 bytes of shared memory, given by address.

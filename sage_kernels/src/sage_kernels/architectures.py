@@ -67,8 +67,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture((10, 0), "B200, GB200", "sm_100a", 227 << 10, _DATACENTER, _NO_DATACENTER_FP8, ("fp4",)),
     Architecture((10, 3), "B300, GB300", "sm_103a", 227 << 10, _DATACENTER, _NO_DATACENTER_FP8, ("fp4",)),
     Architecture((11, 0), "Jetson Thor", "sm_110a", 227 << 10, _8BIT, _NO_DATACENTER),
-    Architecture((12, 0), "RTX 50, RTX PRO Blackwell", "sm_120a", 99 << 10, _4BIT, {}, ("fp4",)),
-    Architecture((12, 1), "DGX Spark (GB10)", "sm_121a", 99 << 10, _4BIT, {}, ("fp4",)),
+    Architecture((12, 0), "RTX 50, RTX PRO Blackwell", "sm_120a", 99 << 10, _4BIT, {}, ("fp4", "fp8_fp4")),
+    Architecture((12, 1), "DGX Spark (GB10)", "sm_121a", 99 << 10, _4BIT, {}, ("fp4", "fp8_fp4")),
 )
 
 

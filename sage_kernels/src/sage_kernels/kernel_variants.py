@@ -74,35 +74,44 @@ class KernelVariant:
 
 _BLACKWELL = ("sm_120a", "sm_121a")
 NVFP4_HEAD_DIMS = (64, 96, 128)
+MXFP8_HEAD_DIMS = (64, 128)
 _NVFP4_SHARED_BYTES = {64: 9 * 11040, 96: 5 * 16928, 128: 5 * 17952}  # stages times their size, in nvfp4_attention.cu
+_MXFP8_STAGE_BYTES = {64: 7 * 13088, 128: 3 * 21792}
+_MXFP8_PARKED_BYTES = {64: (0, 0), 128: (2 << 13, 3 << 13)}  # steps of Q that wait in shared memory; with a mask
 
 
 @lru_cache
-def nvfp4_attention_variant(head_dim: int, has_mask: bool) -> KernelVariant:
-    """FP4 attention; causality is a parameter of the kernel, a mask tensor another compilation."""
+def nvfp4_attention_variant(head_dim: int, has_mask: bool, mxfp8: bool = False) -> KernelVariant:
+    """FP4 attention; causality is a parameter of the kernel, a mask tensor another compilation, so is MXFP8 for QK."""
+    shared_bytes = (
+        _MXFP8_STAGE_BYTES[head_dim] + _MXFP8_PARKED_BYTES[head_dim][has_mask]
+        if mxfp8
+        else _NVFP4_SHARED_BYTES[head_dim]
+    )
     return KernelVariant(
-        family="nvfp4_attention",
+        family="mxfp8_nvfp4_attention" if mxfp8 else "nvfp4_attention",
         source="nvfp4_attention.cu",
         entry="nvfp4_attention",
-        defines=(("HEAD_DIM", head_dim), ("MASK", int(has_mask))),
+        defines=(("HEAD_DIM", head_dim), ("MASK", int(has_mask)), *_qk_defines(mxfp8)),
         head_dim=head_dim,
         causal=False,
         mask="tensor" if has_mask else "none",
         dtype="any",
         threads=384,
-        shared_bytes=_NVFP4_SHARED_BYTES[head_dim],
+        shared_bytes=shared_bytes,
         archs=_BLACKWELL,
+        form="mxfp8" if mxfp8 else "",
     )
 
 
 @lru_cache
-def nvfp4_prepare_variant(entry: str, head_dim: int) -> KernelVariant:
+def nvfp4_prepare_variant(entry: str, head_dim: int, mxfp8: bool = False) -> KernelVariant:
     """Smoothing and quantising for it: `entry` is nvfp4_prepare_queries or nvfp4_prepare_keys_values."""
     return KernelVariant(
-        family="nvfp4_prepare",
+        family="mxfp8_nvfp4_prepare" if mxfp8 else "nvfp4_prepare",
         source="nvfp4_prepare.cu",
         entry=entry,
-        defines=(("HEAD_DIM", head_dim),),
+        defines=(("HEAD_DIM", head_dim), *_qk_defines(mxfp8)),
         head_dim=head_dim,
         causal=False,
         mask="none",
@@ -110,16 +119,26 @@ def nvfp4_prepare_variant(entry: str, head_dim: int) -> KernelVariant:
         threads=256,
         shared_bytes=0,
         archs=_BLACKWELL,
+        form="mxfp8" if mxfp8 else "",
     )
 
 
+def _qk_defines(mxfp8: bool) -> tuple[tuple[str, int], ...]:
+    return (("QK_FP8", 1),) if mxfp8 else ()
+
+
+def _nvfp4_forms() -> tuple[tuple[int, bool], ...]:
+    """Head dims, and whether Q and K are in MXFP8."""
+    return *((dim, False) for dim in NVFP4_HEAD_DIMS), *((dim, True) for dim in MXFP8_HEAD_DIMS)
+
+
 def _nvfp4_attention() -> tuple[KernelVariant, ...]:
-    return tuple(nvfp4_attention_variant(dim, mask) for dim in NVFP4_HEAD_DIMS for mask in (False, True))
+    return tuple(nvfp4_attention_variant(dim, mask, mxfp8) for dim, mxfp8 in _nvfp4_forms() for mask in (False, True))
 
 
 def _nvfp4_prepare() -> tuple[KernelVariant, ...]:
     entries = ("nvfp4_prepare_queries", "nvfp4_prepare_keys_values")
-    return tuple(nvfp4_prepare_variant(entry, dim) for dim in NVFP4_HEAD_DIMS for entry in entries)
+    return tuple(nvfp4_prepare_variant(entry, dim, mxfp8) for dim, mxfp8 in _nvfp4_forms() for entry in entries)
 
 
 def int8_sm90_attention_variant(form: Int8Sm90Form) -> KernelVariant:

@@ -19,6 +19,9 @@ class Recipe:
         smooth_q_rows: query rows that share a subtracted mean (SageAttention3's smooth Q); 0 subtracts nothing.
         quantized_delta: delta_s, what smoothing Q took away, from a quantised mean and two quantised digits of K, so
             that no 16-bit K is needed; what the mean loses by it stays in the rows. Else delta_s is exact.
+        key_correction_rows: query rows by whose mean K's rounding error is made good: mean(q) (K - K^), both factors in
+            NVFP4, is added to their scores, and the mean stays in the rows; 0 corrects nothing. Instead of
+            smooth_q_rows, where Q itself loses little.
         smooth_k: subtract the mean key of each head.
         smooth_v: subtract the mean value of each head and add it back to the output; exact, since rows of P sum to one.
         recenter_v: what smoothing V adds back is the mean that the quantised values lack, rather than the mean that was
@@ -43,6 +46,7 @@ class Recipe:
     pv: PVFormat
     smooth_q_rows: int = 0
     quantized_delta: bool = False
+    key_correction_rows: int = 0
     smooth_k: bool = True
     smooth_v: bool = False
     recenter_v: bool = False
@@ -54,6 +58,16 @@ class Recipe:
     four_over_six: str = ""
     two_level: bool = True
     rounded_divisor: bool = True
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where the mean query would be both subtracted and kept."""
+        if self.smooth_q_rows and self.key_correction_rows:
+            raise ValueError("a recipe takes smooth_q_rows or key_correction_rows, not both")
+
+    @property
+    def mean_rows(self) -> int:
+        """Query rows that share a mean, whatever it is for; 0 where none is needed."""
+        return self.smooth_q_rows or self.key_correction_rows
 
 
 EXACT = Recipe(qk="none", pv="none", smooth_k=False, key_block=512)
@@ -73,7 +87,16 @@ RECIPES: dict[Precision, Recipe] = {
         linear_exp_of_8=3,
         four_over_six="kv",
     ),
-    "fp8_fp4": Recipe(qk="mxfp8", pv="nvfp4", smooth_q_rows=128, smooth_v=True, four_over_six="v"),
+    "fp8_fp4": Recipe(
+        qk="mxfp8",
+        pv="nvfp4",
+        key_correction_rows=32,
+        smooth_v=True,
+        key_block=32,
+        rescale_threshold=3.0,
+        linear_exp_of_8=3,
+        four_over_six="v",
+    ),
     "int8": Recipe(qk="int8", pv="fp8", smooth_v=True, recenter_v=True),
     "int8_fp16": Recipe(qk="int8", pv="fp16"),
 }

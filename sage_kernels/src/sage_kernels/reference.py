@@ -43,8 +43,9 @@ class QuantizedOperands:
         query: [B, H, Nq, D].
         key: [B, Hkv, Nk', D], tokens padded with zeros to a multiple of 16.
         value: [B, Hkv, Nk', D].
-        query_means: [B, H, ceil(Nq / smooth_q_rows), D], or None.
-        smooth_key: the smoothed key that query_means meet, unquantised or in two quantised digits, or None.
+        query_means: [B, H, ceil(Nq / mean_rows), D], or None.
+        smooth_key: what query_means meet, or None: the smoothed key, unquantised or in two quantised digits, or only
+            what `key` misses of it.
         lse_shift: [B, H, Nq], the scores q . mean(k) that smoothing K took from every row (without the softmax scale).
         value_mean: [B, Hkv, 1, D], or None.
     """
@@ -139,8 +140,9 @@ def quantize_operands(
     if key_lengths is not None:
         valid = valid_tokens(key_lengths, k.shape[2])
         k, v = k.where(valid, 0.0), v.where(valid, 0.0)
-    query_scale = _power_scale(q, recipe.qk == "nvfp4", recipe.smooth_q_rows)
-    key_scale = _power_scale(k, recipe.qk == "nvfp4")
+    has_nvfp4 = recipe.qk == "nvfp4" or recipe.key_correction_rows > 0
+    query_scale = _power_scale(q, has_nvfp4, recipe.mean_rows)
+    key_scale = _power_scale(k, has_nvfp4)
 
     lse_shift = None
     if recipe.smooth_k:
@@ -160,6 +162,11 @@ def quantize_operands(
             second = _round_trip_qk(k * key_scale - first, recipe.qk, recipe.int8_rows[1])
             smooth_key = (first + second) / key_scale
         q = q - query_means.repeat_interleave(recipe.smooth_q_rows, dim=2)[:, :, : q.shape[2]]
+    elif recipe.key_correction_rows:
+        block_scale = query_scale[:, :, :: recipe.key_correction_rows]
+        query_means = _block_means(q, recipe.key_correction_rows)
+        query_means = _round_trip_qk(query_means * block_scale, "nvfp4", 1) / block_scale
+        smooth_key = _round_trip_qk(k * key_scale - first, "nvfp4", 1) / key_scale
 
     value_mean = None
     value_scale = _power_scale(v, recipe.pv in ("nvfp4", "fp16"))
@@ -199,7 +206,7 @@ def attend(
     batch, heads, rows, _ = operands.query.shape
     output = operands.query.new_empty((batch, heads, rows, operands.value.shape[-1]))
     lse = operands.query.new_empty((batch, heads, rows))
-    step = max(1, recipe.smooth_q_rows)
+    step = max(1, recipe.mean_rows)
     elements = _TILE_ELEMENTS if operands.query.device.type == "cpu" else _GPU_TILE_ELEMENTS
     step *= max(1, elements // max(1, batch * heads * recipe.key_block * step))
     for start in range(0, rows, step):
@@ -251,13 +258,13 @@ def _attend_rows(
 
 
 def _scores(operands: QuantizedOperands, recipe: Recipe, rows: slice, keys: slice) -> Tensor:
-    """Q K^T of one tile, with what smoothing Q took away added back in full precision (delta_s)."""
+    """Q K^T of one tile, with delta_s added in full precision: what smoothing Q took away, or rounding K."""
     scores = _grouped_matmul(operands.query[:, :, rows], operands.key[:, :, keys].transpose(-1, -2))
     if operands.query_means is None or operands.smooth_key is None:
         return scores
-    blocks = slice(rows.start // recipe.smooth_q_rows, math.ceil(rows.stop / recipe.smooth_q_rows))
+    blocks = slice(rows.start // recipe.mean_rows, math.ceil(rows.stop / recipe.mean_rows))
     delta = _grouped_matmul(operands.query_means[:, :, blocks], operands.smooth_key[:, :, keys].transpose(-1, -2))
-    return scores.add_(delta.repeat_interleave(recipe.smooth_q_rows, dim=2)[:, :, : scores.shape[2]])
+    return scores.add_(delta.repeat_interleave(recipe.mean_rows, dim=2)[:, :, : scores.shape[2]])
 
 
 def _grouped_matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ class MXFP8Tensor:
 def _e8m0_exponent(absmax: Tensor) -> Tensor:
     """Smallest integer e with absmax <= 448 * 2^e, clamped to E8M0's -127..127; int32."""
     mantissa, exponent = torch.frexp(absmax)  # absmax = mantissa * 2^exponent, mantissa in [0.5, 1); 448 = 0.875 * 2^9
-    return (exponent - 9 + (mantissa > E4M3_MAX / 512).int()).clamp(-_E8M0_BIAS, _E8M0_BIAS)
+    exponent = (exponent - 9 + (mantissa > E4M3_MAX / 512).int()).clamp(-_E8M0_BIAS, _E8M0_BIAS)
+    return torch.where(absmax > 0, exponent, -_E8M0_BIAS)
 
 
 def quantize_mxfp8(x: Tensor) -> MXFP8Tensor:

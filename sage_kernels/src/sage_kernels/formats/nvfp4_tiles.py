@@ -30,16 +30,26 @@ registers of P's A operand (SageAttention3, section 3.3). Rows, keys and dims of
 import torch
 from torch import Tensor
 
-from sage_kernels.formats.grouping import pad_last_axis
 from sage_kernels.formats.nvfp4 import NVFP4_GROUP, NVFP4Tensor
+from sage_kernels.formats.tile_words import (
+    KEY_AXES,
+    LANES,
+    pack_fragments,
+    pack_scale_words,
+    pad_rows,
+    rearrange,
+    split_rows,
+    to_bytes,
+    to_words,
+    unpack_fragments,
+    unpack_scale_words,
+)
 
 QUERY_BLOCK = 32
 MEANS_PER_TILE = 8
 KEY_TILE = 64
 MAX_HEAD_DIM = 128
-_LANES = 32
 _STEP = 64  # contraction of one MMA
-_KEY_AXES = {"h": 2, "n_high": 4, "j": 4, "n_low": 2}  # key 32 h + 8 n_high + 2 j + n_low
 
 
 def key_steps(head_dim: int) -> int:
@@ -64,12 +74,12 @@ def value_dim(head_dim: int) -> int:
 
 def query_block_words(head_dim: int) -> int:
     """Words of the image of one query block."""
-    return 2 * _LANES * (4 * key_steps(head_dim) + 1)
+    return 2 * LANES * (4 * key_steps(head_dim) + 1)
 
 
 def mean_tile_words(head_dim: int) -> int:
     """Words of the image of one tile of query means."""
-    return _LANES * (2 * key_steps(head_dim) + 1)
+    return LANES * (2 * key_steps(head_dim) + 1)
 
 
 def key_value_tile_words(head_dim: int) -> int:
@@ -92,17 +102,17 @@ def pack_query_blocks(query: NVFP4Tensor) -> Tensor:
     """
     codes, scales = _row_words(query, QUERY_BLOCK)
     steps = scales.shape[-1]
-    codes = _rearrange(codes, "mt ks g t k_half row_half", mt=2, row_half=2, g=8, ks=steps, k_half=2, t=4)
-    scales = _rearrange(scales.expand(*scales.shape[:-1], 2), "mt g ks row_half", mt=2, row_half=2, g=8, ks=2)
+    codes = rearrange(codes, "mt ks g t k_half row_half", mt=2, row_half=2, g=8, ks=steps, k_half=2, t=4)
+    scales = rearrange(scales.expand(*scales.shape[:-1], 2), "mt g ks row_half", mt=2, row_half=2, g=8, ks=2)
     return torch.cat((codes, scales), dim=-1)
 
 
 def unpack_query_blocks(image: Tensor, length: int, head_dim: int) -> NVFP4Tensor:
     """The first `length` query rows of images made by `pack_query_blocks`."""
     steps = key_steps(head_dim)
-    codes, scales = torch.split(image, [8 * _LANES * steps, 2 * _LANES], dim=-1)
-    codes = _rearrange(codes, "mt row_half g ks k_half t", mt=2, ks=steps, g=8, t=4, k_half=2, row_half=2)
-    scales = _rearrange(scales, "ks mt row_half g", mt=2, g=8, ks=2, row_half=2)
+    codes, scales = torch.split(image, [8 * LANES * steps, 2 * LANES], dim=-1)
+    codes = rearrange(codes, "mt row_half g ks k_half t", mt=2, ks=steps, g=8, t=4, k_half=2, row_half=2)
+    scales = rearrange(scales, "ks mt row_half g", mt=2, g=8, ks=2, row_half=2)
     return _nvfp4_rows(codes, _first_steps(scales, steps, QUERY_BLOCK), QUERY_BLOCK, length, head_dim)
 
 
@@ -120,7 +130,7 @@ def pack_mean_tiles(means: NVFP4Tensor) -> Tensor:
     """
     codes, scales = _row_words(means, MEANS_PER_TILE)
     steps = scales.shape[-1]
-    codes = _rearrange(codes, "ks g t k_half", g=8, ks=steps, k_half=2, t=4)
+    codes = rearrange(codes, "ks g t k_half", g=8, ks=steps, k_half=2, t=4)
     scales = scales.expand(*scales.shape[:-1], 2)
     scales = torch.stack((scales, torch.zeros_like(scales)), dim=-1)
     return torch.cat((codes, scales.flatten(3)), dim=-1)
@@ -129,9 +139,9 @@ def pack_mean_tiles(means: NVFP4Tensor) -> Tensor:
 def unpack_mean_tiles(image: Tensor, blocks: int, head_dim: int) -> NVFP4Tensor:
     """The first `blocks` means of images made by `pack_mean_tiles`."""
     steps = key_steps(head_dim)
-    codes, scales = torch.split(image, [2 * _LANES * steps, _LANES], dim=-1)
-    codes = _rearrange(codes, "g ks k_half t", ks=steps, g=8, t=4, k_half=2)
-    scales = _rearrange(scales[..., 0::2], "ks g", g=8, ks=2)
+    codes, scales = torch.split(image, [2 * LANES * steps, LANES], dim=-1)
+    codes = rearrange(codes, "g ks k_half t", ks=steps, g=8, t=4, k_half=2)
+    scales = rearrange(scales[..., 0::2], "ks g", g=8, ks=2)
     return _nvfp4_rows(codes, _first_steps(scales, steps, MEANS_PER_TILE), MEANS_PER_TILE, blocks, head_dim)
 
 
@@ -165,42 +175,53 @@ def pack_key_value_tiles(key: NVFP4Tensor, key_residual: NVFP4Tensor, value: NVF
             f"V's codes must be [B, Hkv, D, {padded_length // 2}] for K's codes {tuple(key.codes.shape)}, "
             f"quantised along the tokens; got {tuple(value.codes.shape)}"
         )
-    return torch.cat((_pack_key_digit(key), _pack_key_digit(key_residual), _pack_value(value)), dim=-1)
+    return torch.cat((pack_key_digit(key), pack_key_digit(key_residual), pack_value(value)), dim=-1)
 
 
 def unpack_key_value_tiles(image: Tensor, length: int, head_dim: int) -> tuple[NVFP4Tensor, NVFP4Tensor, NVFP4Tensor]:
     """Both digits of K and V, `length` keys of each, from images made by `pack_key_value_tiles`."""
     parts = torch.split(image, _key_value_parts(head_dim), dim=-1)
     return (
-        _unpack_key_digit(parts[0], parts[1], length, head_dim),
-        _unpack_key_digit(parts[2], parts[3], length, head_dim),
-        _unpack_value(parts[4], parts[5], length, head_dim),
+        unpack_key_digit(parts[0], parts[1], length, head_dim),
+        unpack_key_digit(parts[2], parts[3], length, head_dim),
+        unpack_value(parts[4], parts[5], length, head_dim),
     )
+
+
+def key_digit_words(head_dim: int) -> tuple[int, int]:
+    """Words of codes and scales of one digit of K in a key/value tile."""
+    return 16 * LANES * key_steps(head_dim), 2 * LANES * key_steps(head_dim)
+
+
+def value_words(head_dim: int) -> tuple[int, int]:
+    """Words of codes and scales of V in a key/value tile."""
+    columns = value_dim(head_dim) // 8
+    return 2 * LANES * columns, LANES * _value_scale_words(columns)
 
 
 def _key_value_parts(head_dim: int) -> list[int]:
     """Words of codes and scales of K's first digit, K's second digit and V in one key/value tile."""
-    steps, columns = key_steps(head_dim), value_dim(head_dim) // 8
-    key = (16 * _LANES * steps, 2 * _LANES * steps)
-    return [*key, *key, 2 * _LANES * columns, _LANES * _value_scale_words(columns)]
+    return [*key_digit_words(head_dim), *key_digit_words(head_dim), *value_words(head_dim)]
 
 
 def _value_scale_words(columns: int) -> int:
     return 4 if columns > 8 else 2
 
 
-def _pack_key_digit(key: NVFP4Tensor) -> Tensor:
+def pack_key_digit(key: NVFP4Tensor) -> Tensor:
+    """One digit of K of each key/value tile."""
     codes, scales = _row_words(key, KEY_TILE)
     steps = scales.shape[-1]
-    codes = _rearrange(codes, "h j ks register n_high n_low t", **_KEY_AXES, ks=steps, register=2, t=4)
-    scales = _rearrange(scales, "h j ks n_high n_low", **_KEY_AXES, ks=steps)
-    return torch.cat((_pack_fragments(codes), _pack_scale_words(scales)), dim=-1)
+    codes = rearrange(codes, "h j ks register n_high n_low t", **KEY_AXES, ks=steps, register=2, t=4)
+    scales = rearrange(scales, "h j ks n_high n_low", **KEY_AXES, ks=steps)
+    return torch.cat((pack_fragments(codes), pack_scale_words(scales)), dim=-1)
 
 
-def _unpack_key_digit(codes: Tensor, scales: Tensor, length: int, head_dim: int) -> NVFP4Tensor:
+def unpack_key_digit(codes: Tensor, scales: Tensor, length: int, head_dim: int) -> NVFP4Tensor:
+    """`length` keys of what `pack_key_digit` made, split in codes and scales."""
     steps = key_steps(head_dim)
-    codes = _rearrange(
-        _unpack_fragments(codes),
+    codes = rearrange(
+        unpack_fragments(codes),
         "h n_high j n_low ks register t",
         h=2,
         j=4,
@@ -210,61 +231,38 @@ def _unpack_key_digit(codes: Tensor, scales: Tensor, length: int, head_dim: int)
         n_low=2,
         t=4,
     )
-    scales = _rearrange(_unpack_scale_words(scales), "h n_high j n_low ks", h=2, j=4, ks=steps, n_high=4, n_low=2)
+    scales = rearrange(unpack_scale_words(scales), "h n_high j n_low ks", h=2, j=4, ks=steps, n_high=4, n_low=2)
     return _nvfp4_rows(codes, scales, KEY_TILE, length, head_dim)
 
 
-def _pack_value(value: NVFP4Tensor) -> Tensor:
+def pack_value(value: NVFP4Tensor) -> Tensor:
+    """V of each key/value tile."""
     columns = value_dim(value.codes.shape[2]) // 8
     codes, scales = _token_words(value.codes, KEY_TILE // 2), _token_words(value.scales, KEY_TILE // NVFP4_GROUP)
-    codes = _rearrange(_pad_rows(codes, 8 * columns), "vt register g t", vt=columns, g=8, register=2, t=4)
-    scales = _pad_rows(scales, 32 * _value_scale_words(columns)).flatten(3)
-    return torch.cat((_pack_fragments(codes), _pack_scale_words(scales)), dim=-1)
+    codes = rearrange(pad_rows(codes, 8 * columns), "vt register g t", vt=columns, g=8, register=2, t=4)
+    scales = pad_rows(scales, 32 * _value_scale_words(columns)).flatten(3)
+    return torch.cat((pack_fragments(codes), pack_scale_words(scales)), dim=-1)
 
 
-def _unpack_value(codes: Tensor, scales: Tensor, length: int, head_dim: int) -> NVFP4Tensor:
+def unpack_value(codes: Tensor, scales: Tensor, length: int, head_dim: int) -> NVFP4Tensor:
+    """`length` keys of what `pack_value` made, split in codes and scales."""
     columns = value_dim(head_dim) // 8
-    codes = _rearrange(_unpack_fragments(codes), "vt g register t", vt=columns, register=2, g=8, t=4)
+    codes = rearrange(unpack_fragments(codes), "vt g register t", vt=columns, register=2, g=8, t=4)
     codes = codes.reshape(*codes.shape[:3], 8 * columns, 8)[:, :, :, :head_dim]
-    scales = _unpack_scale_words(scales)[..., :head_dim, None]
+    scales = unpack_scale_words(scales)[..., :head_dim, None]
     groups = -(-length // NVFP4_GROUP)
     return NVFP4Tensor(
-        _bytes(codes.transpose(2, 3).flatten(3))[..., : groups * NVFP4_GROUP // 2],
-        _bytes(scales.transpose(2, 3).flatten(3))[..., :groups].view(torch.float8_e4m3fn),
+        to_bytes(codes.transpose(2, 3).flatten(3))[..., : groups * NVFP4_GROUP // 2],
+        to_bytes(scales.transpose(2, 3).flatten(3))[..., :groups].view(torch.float8_e4m3fn),
     )
-
-
-def _pack_fragments(words: Tensor) -> Tensor:
-    """Fragment words [f][32 lanes] of each tile -> [f / 4][32 lanes][f % 4]."""
-    return _rearrange(words, "high lane low", high=words.shape[-1] // (4 * _LANES), low=4, lane=_LANES)
-
-
-def _unpack_fragments(words: Tensor) -> Tensor:
-    return _rearrange(words, "high low lane", high=words.shape[-1] // (4 * _LANES), lane=_LANES, low=4)
-
-
-def _pack_scale_words(words: Tensor) -> Tensor:
-    """Scale words [s][8 g] of each tile -> [8 g][s % 4][s / 4]."""
-    return _rearrange(words, "g low high", high=words.shape[-1] // _LANES, low=4, g=8)
-
-
-def _unpack_scale_words(words: Tensor) -> Tensor:
-    return _rearrange(words, "high low g", g=8, low=4, high=words.shape[-1] // _LANES)
-
-
-def _rearrange(x: Tensor, order: str, **sizes: int) -> Tensor:
-    """Read what lies behind [B, H, tiles] as axes of these names and sizes, and write it in this order, flat."""
-    names = list(sizes)
-    axes = x.reshape(*x.shape[:3], *sizes.values())
-    return axes.permute(0, 1, 2, *(3 + names.index(name) for name in order.split())).flatten(3)
 
 
 def _row_words(tensor: NVFP4Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Code words [B, H, tiles, rows, 8 KSTEPS] and scale words [B, H, tiles, rows, KSTEPS], padded with zeros."""
     _check_operand(tensor)
     steps = key_steps(2 * tensor.codes.shape[-1])
-    codes, scales = _words(tensor.codes, 32 * steps), _words(tensor.scales, 4 * steps)
-    return _split_rows(_pad_rows(codes, rows), rows), _split_rows(_pad_rows(scales, rows), rows)
+    codes, scales = to_words(tensor.codes, 32 * steps), to_words(tensor.scales, 4 * steps)
+    return split_rows(pad_rows(codes, rows), rows), split_rows(pad_rows(scales, rows), rows)
 
 
 def _nvfp4_rows(codes: Tensor, scales: Tensor, rows: int, length: int, head_dim: int) -> NVFP4Tensor:
@@ -272,8 +270,8 @@ def _nvfp4_rows(codes: Tensor, scales: Tensor, rows: int, length: int, head_dim:
     groups = -(-head_dim // NVFP4_GROUP)
     codes, scales = (x.reshape(*x.shape[:2], x.shape[2] * rows, x.shape[3] // rows) for x in (codes, scales))
     return NVFP4Tensor(
-        _bytes(codes[:, :, :length])[..., : groups * NVFP4_GROUP // 2],
-        _bytes(scales[:, :, :length])[..., :groups].view(torch.float8_e4m3fn),
+        to_bytes(codes[:, :, :length])[..., : groups * NVFP4_GROUP // 2],
+        to_bytes(scales[:, :, :length])[..., :groups].view(torch.float8_e4m3fn),
     )
 
 
@@ -284,27 +282,9 @@ def _first_steps(scales: Tensor, steps: int, rows: int) -> Tensor:
 
 def _token_words(x: Tensor, tile_bytes: int) -> Tensor:
     """Bytes [B, Hkv, D, n] of V -> words [B, Hkv, tiles, D, words of a tile], padded with zeros."""
-    words = _words(x, tile_bytes)
+    words = to_words(x, tile_bytes)
     per_tile = tile_bytes // 4
     return words.reshape(*words.shape[:3], words.shape[3] // per_tile, per_tile).transpose(2, 3)
-
-
-def _split_rows(x: Tensor, rows: int) -> Tensor:
-    return x.reshape(*x.shape[:2], x.shape[2] // rows, rows, x.shape[3])
-
-
-def _pad_rows(x: Tensor, multiple: int) -> Tensor:
-    """Append zeros until the second last axis is a multiple of `multiple`."""
-    return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[-2] % multiple))
-
-
-def _words(x: Tensor, multiple: int) -> Tensor:
-    """Bytes [..., n] -> int32 [..., n' / 4], n' being n padded to `multiple`."""
-    return pad_last_axis(x.view(torch.uint8), multiple).contiguous().view(torch.int32)
-
-
-def _bytes(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.uint8)
 
 
 def _check_operand(tensor: NVFP4Tensor) -> None:

@@ -6,6 +6,7 @@ from sage_kernels.kernels.interface import Kernel
 KERNELS: tuple[Kernel, ...] = (
     nvfp4_cuda.KERNEL,
     nvfp4_triton.KERNEL,
+    nvfp4_cuda.MXFP8_KERNEL,
     int8_sm90.KERNEL,
     *int8_triton.KERNELS,
     sdpa.KERNEL,

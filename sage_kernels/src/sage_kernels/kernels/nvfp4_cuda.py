@@ -1,6 +1,10 @@
-"""FP4 attention in CUDA for sm_120a and sm_121a: csrc/nvfp4_prepare.cu and csrc/nvfp4_attention.cu."""
+"""FP4 attention in CUDA for sm_120a and sm_121a: csrc/nvfp4_prepare.cu and csrc/nvfp4_attention.cu.
+
+Two kernels, one for each rung: all operands in NVFP4, or Q and K in MXFP8.
+"""
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -11,16 +15,8 @@ from torch import Tensor
 from sage_kernels.architectures import Architecture
 from sage_kernels.attention_call import AttentionCall
 from sage_kernels.cubin_loader import load_kernel, loading_obstacle
-from sage_kernels.formats.nvfp4_tiles import (
-    KEY_TILE,
-    MAX_HEAD_DIM,
-    MEANS_PER_TILE,
-    QUERY_BLOCK,
-    key_value_tile_words,
-    mean_tile_words,
-    query_block_words,
-    value_dim,
-)
+from sage_kernels.formats import mxfp8_tiles, nvfp4_tiles
+from sage_kernels.formats.nvfp4_tiles import KEY_TILE, MAX_HEAD_DIM, MEANS_PER_TILE, QUERY_BLOCK, mean_tile_words
 from sage_kernels.kernel_variants import nvfp4_attention_variant, nvfp4_prepare_variant
 from sage_kernels.kernels.tensor_layout import has_aligned_rows
 from sage_kernels.launch_plan import (
@@ -92,7 +88,7 @@ class PackedTensors:
 
     Attributes:
         queries: int32 [B, H, query tiles, 8, words], one image for 32 rows.
-        means: int32 [B, H, query tiles, words].
+        means: int32 [B, H, query tiles, words], in NVFP4 at both rungs.
         keys_values: int32 [B, Hkv, key tiles, words], one image for 64 keys.
         query_factors: [B, H, query tiles, 8], what one unit of the packed Q is worth.
         key_factors, value_factors: [B, Hkv].
@@ -120,22 +116,63 @@ def packed_tensors(state: PreparedLaunch) -> PackedTensors:
 
 
 @dataclass(frozen=True)
+class _Form:
+    """What the rungs differ in: the variant of the sources, and functions of head_dim.
+
+    Attributes:
+        kernel: its name.
+        mxfp8: whether Q and K are in MXFP8.
+        padded_dim: the head_dim that the variant is compiled for.
+        query_block_words, key_value_tile_words: of the images.
+    """
+
+    kernel: str
+    mxfp8: bool
+    padded_dim: Callable[[int], int]
+    query_block_words: Callable[[int], int]
+    key_value_tile_words: Callable[[int], int]
+
+
+_FORMS: dict[Precision, _Form] = {
+    "fp4": _Form(
+        "nvfp4_cuda", False, nvfp4_tiles.value_dim, nvfp4_tiles.query_block_words, nvfp4_tiles.key_value_tile_words
+    ),
+    "fp8_fp4": _Form(
+        "mxfp8_nvfp4_cuda",
+        True,
+        mxfp8_tiles.padded_dim,
+        mxfp8_tiles.query_block_words,
+        mxfp8_tiles.key_value_tile_words,
+    ),
+}
+
+
+@dataclass(frozen=True)
 class NVFP4CudaKernel:
-    """SageAttention3's FP4 attention.
+    """SageAttention3's FP4 attention, and the same with Q and K in MXFP8.
 
     Attributes:
         emulate_instructions: compile with the FP4 instructions emulated, so that the same source runs on other GPUs;
             for tests.
+        precision: "fp4" or "fp8_fp4".
     """
 
     emulate_instructions: bool = False
-    name: str = "nvfp4_cuda"
     precision: Precision = "fp4"
     emulated: bool = False
 
+    @property
+    def name(self) -> str:
+        """By its formats."""
+        return self._form.kernel
+
+    @property
+    def _form(self) -> _Form:
+        return _FORMS[self.precision]
+
     def refuse(self, call: AttentionCall, architecture: Architecture | None) -> str | None:
         """Refuse other architectures, larger heads, gradients and grids beyond CUDA's limit."""
-        archs = nvfp4_attention_variant(MAX_HEAD_DIM, False).archs
+        archs = nvfp4_attention_variant(MAX_HEAD_DIM, False, self._form.mxfp8).archs
         if architecture is not None and architecture.target not in archs and not self.emulate_instructions:
             return f"is compiled for {' and '.join(archs)} only"
         if call.needs_grad:
@@ -145,15 +182,17 @@ class NVFP4CudaKernel:
         blocks = call.batch * call.heads * (call.query_length + call.key_length)
         if blocks > _MAX_GRID:
             return f"{blocks} rows in all are more than its grid can count ({_MAX_GRID})"
-        return None if architecture is None else _obstacle(value_dim(call.head_dim), architecture.target)
+        if architecture is None:
+            return None
+        return _obstacle(self._form.padded_dim(call.head_dim), self._form.mxfp8, architecture.target)
 
     def plan(self, call: AttentionCall) -> LaunchPlan:
         """Smooth and quantise in two launches, attend in one; float32 inputs are rounded to bfloat16 first."""
         output, device = OutputForm.of(call), call.device
-        batch, heads, kv_heads, columns = call.batch, call.heads, call.kv_heads, value_dim(call.head_dim)
+        batch, heads, kv_heads, columns = call.batch, call.heads, call.kv_heads, self._form.padded_dim(call.head_dim)
         query_tiles, key_tiles = -(-call.query_length // _QUERY_TILE), -(-call.key_length // KEY_TILE)
         chunks = _chunks(call)
-        workspace = _workspace(call, query_tiles, key_tiles, chunks)
+        workspace = _workspace(call, self._form, query_tiles, key_tiles, chunks)
         if batch * heads * query_tiles == 0:
             return LaunchPlan(output, workspace, None, None)
         copied = call.query.dtype == torch.float32
@@ -208,9 +247,9 @@ class NVFP4CudaKernel:
         first, second, attention = (
             load_kernel(variant, device, self.emulate_instructions)
             for variant in (
-                nvfp4_prepare_variant("nvfp4_prepare_queries", columns),
-                nvfp4_prepare_variant("nvfp4_prepare_keys_values", columns),
-                nvfp4_attention_variant(columns, has_mask),
+                nvfp4_prepare_variant("nvfp4_prepare_queries", columns, self._form.mxfp8),
+                nvfp4_prepare_variant("nvfp4_prepare_keys_values", columns, self._form.mxfp8),
+                nvfp4_attention_variant(columns, has_mask, self._form.mxfp8),
             )
         )
         offsets = workspace.offsets()
@@ -244,17 +283,17 @@ def _chunks(call: AttentionCall) -> int:
     return max(1, min(_MAX_CHUNKS, -(-call.key_length // _CHUNK_TOKENS), most))
 
 
-def _workspace(call: AttentionCall, query_tiles: int, key_tiles: int, chunks: int) -> WorkspaceLayout:
+def _workspace(call: AttentionCall, form: _Form, query_tiles: int, key_tiles: int, chunks: int) -> WorkspaceLayout:
     """The packed operands, named as the fields of the parameters, and what restores them."""
     rows, kv_heads, columns = (
         (call.batch, call.heads, query_tiles),
         (call.batch, call.kv_heads),
-        value_dim(call.head_dim),
+        form.padded_dim(call.head_dim),
     )
     words = {
-        "queries": (*rows, MEANS_PER_TILE, query_block_words(call.head_dim)),
+        "queries": (*rows, MEANS_PER_TILE, form.query_block_words(call.head_dim)),
         "means": (*rows, mean_tile_words(call.head_dim)),
-        "keys_values": (*kv_heads, key_tiles, key_value_tile_words(call.head_dim)),
+        "keys_values": (*kv_heads, key_tiles, form.key_value_tile_words(call.head_dim)),
     }
     floats = {
         "query_factors": (*rows, MEANS_PER_TILE),
@@ -302,9 +341,9 @@ def _has_vectors(x: Tensor, copied: bool) -> bool:
 
 
 @lru_cache
-def _obstacle(columns: int, target: str) -> str | None:
+def _obstacle(columns: int, mxfp8: bool, target: str) -> str | None:
     """Why the kernels can't be loaded on this machine, or None: a driver that is too old, no compiler."""
-    return loading_obstacle(nvfp4_attention_variant(columns, False), target)
+    return loading_obstacle(nvfp4_attention_variant(columns, False, mxfp8), target)
 
 
 @lru_cache
@@ -313,3 +352,4 @@ def _multiprocessors(index: int) -> int:
 
 
 KERNEL = NVFP4CudaKernel()
+MXFP8_KERNEL = NVFP4CudaKernel(precision="fp8_fp4")
