@@ -46,8 +46,10 @@ SHAPES = [(2, 2, 512, 512), (4, 2, 1000, 1000), (2, 1, 333, 777), (3, 3, 777, 33
 def compiled_ahead():
     """Compile on all cores what the tests would compile one after another."""
     if torch.cuda.is_available():
-        with multiprocessing.get_context("spawn").Pool(min(len(KINDS), os.cpu_count() or 1)) as pool:
-            pool.starmap(call_once, [(*kind, CUDA) for kind in KINDS], chunksize=1)
+        calls = [(*kind, CUDA) for kind in KINDS]
+        calls += [("int8", True, dim, BF16, CUDA, find_config(device_architecture(CUDA), dim)) for dim in (64, 128)]
+        with multiprocessing.get_context("spawn").Pool(min(len(calls), os.cpu_count() or 1)) as pool:
+            pool.starmap(call_once, calls, chunksize=1)
 
 
 @pytest.fixture(autouse=True)

@@ -65,7 +65,10 @@ def _copy_16bit(
     tl.store(image + chunks // 8 * (TILE * 64) + _place(rows, chunks % 8, 128) // 2 + lanes, values)
 
 
-@triton.jit(do_not_specialize=["heads", "kv_heads", "query_length", "key_length", "query_tiles", "query_programs"])
+_SIZES = ["heads", "kv_heads", "query_length", "key_length", "query_tiles", "key_tiles", "query_programs"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def prepare_images(
     d_output,
     output,
