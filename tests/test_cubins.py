@@ -104,8 +104,8 @@ def test_nothing_is_spilled(kernels, cubin_elf):
         (kernel["file"], kernel["entry"]): cubin_elf.read_resources(cubin, kernel["entry"]).stack_bytes
         for kernel, cubin in kernels
     }
-    # Known, by NVRTC 12.9: two words of the FP4 preparation for sm_121a, and of INT8 attention at head_dim 128 outside of
-    # its loop. NVRTC 12.8 spills nothing there, but doesn't run its wgmma side by side.
+    # Known, by NVRTC 12.9: two words of the FP4 preparation for sm_121a, and of INT8 attention at head_dim 128, outside
+    # of its loop. NVRTC 12.8 spills nothing there, but doesn't run its wgmma side by side.
     known = {("nvfp4_prepare_d128_sm_121a.cubin", "nvfp4_prepare_keys_values"): 8}
     known |= {
         (f"int8_sm90_attention_{form}_sm_90a.cubin", "int8_sm90_attention"): 8
