@@ -90,7 +90,8 @@ def main() -> None:
     study, options = Study.from_command_line(parser)
     torch.set_float32_matmul_precision("highest")
     out = options.out or (None if study.short else Path(__file__).parent / "results" / "training_gradients.json")
-    before = json.loads(out.read_text(encoding="utf-8"))["rows"] if out is not None and out.exists() else []
+    before = json.loads(out.read_text(encoding="utf-8")) if out is not None and out.exists() else {}
+    kept, measured = before.get("rows", []), before.get("measured", {})
     for name in options.models:
         found = demo_captures(study.device) if name == "wan_digits" else language_captures(study)
         captures = list(islice(found, 2) if study.short else found)
@@ -101,9 +102,11 @@ def main() -> None:
             for method, recipe in tqdm(METHODS.items(), desc=name, mininterval=2)
             for row in measure(name, method, recipe, captures, exact)
         ]
-        before = [row for row in before if row["shape"] != name] + rows
+        kept = [row for row in kept if row["shape"] != name] + rows
         if out is not None:
-            write_json(out, {**describe("training_gradients.py", study.device, options.commit), "rows": before})
+            about = describe("training_gradients.py", study.device, options.commit)
+            measured = measured | {name: about}
+            write_json(out, {**about, "measured": measured, "rows": kept})
     print(json.dumps(GOALS), "are the authors' numbers for CogVideoX-2B, as L1 and cosine")
 
 

@@ -137,6 +137,7 @@ def ablation(document: Document, result: Result | None) -> None:
             "dp (dO V^T), dv (P^T dO), dq (dS K), dk (dS^T Q). `int8` and `fp8` leave dp alone in 16 bit. Computed by "
             "the reference that defines what the kernels compute."
         )
+        document.items([f"{MODELS[shape]}: {source(found['measured'][shape])}" for shape in shapes])
         document.text("INT8 against FP8, all layers, L1 / cosine:")
         lines: list[list[Cell]] = []
         for number in ("int8", "fp8"):
