@@ -110,8 +110,8 @@ def test_nothing_is_spilled(kernels, cubin_elf):
         (kernel["file"], kernel["entry"]): cubin_elf.read_resources(cubin, kernel["entry"]).stack_bytes
         for kernel, cubin in kernels
     }
-    # Known, by NVRTC 12.9: one word of the gradients of K and V at head_dim 128, and two of INT8 attention there, outside
-    # of its loop. NVRTC 12.8 spills nothing in the latter, but doesn't run its wgmma side by side.
+    # Known, by NVRTC 12.9 at head_dim 128: one word of the gradients of K and V, and two of INT8 attention, outside of
+    # its loop. NVRTC 12.8 spills nothing in the latter, but doesn't run its wgmma side by side.
     known = {
         ("training_sm90_key_value_d128_bfloat16_sm_90a.cubin", "training_sm90_key_value"): 8,
         ("training_sm90_key_value_d128_float16_sm_90a.cubin", "training_sm90_key_value"): 8,
