@@ -1,6 +1,6 @@
 """The compilers of the shipped cubins: pinned NVRTC packages, each in a folder of its own.
 
-For each target the oldest compiler that does it well, so that the cubins load on the oldest driver that knows the GPU.
+For each target the oldest compiler that knows it, so that the cubins load on the oldest driver that knows the GPU.
 Two versions of one package can't share an environment, so pip unpacks each into a folder that is kept.
 """
 
@@ -52,8 +52,8 @@ NVRTC_12_9 = PinnedCompiler(
 
 
 def compiler_for(arch: str) -> PinnedCompiler:
-    """The older one wherever it knows the target and, for sm_90a, doesn't wait for each wgmma before the next."""
-    return NVRTC_12_9 if arch in ("sm_90a", "sm_103a", "sm_121a") else NVRTC_12_8
+    """The compiler of a target: the older one wherever it knows the target."""
+    return NVRTC_12_9 if arch in ("sm_103a", "sm_121a") else NVRTC_12_8
 
 
 def available() -> bool:
