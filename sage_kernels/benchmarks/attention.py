@@ -11,17 +11,15 @@ exact attention in float32, over rows spread evenly over the sequence of two hea
 import argparse
 import importlib
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from result_file import add_commit_option, describe
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -31,7 +29,6 @@ from sage_kernels.evidence import write_json
 from sage_kernels.gpu_timing import extra_bytes, time_in_turns
 from sage_kernels.selftest import sampled_error
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
 SDPA = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
 RUNGS = ("fp4", "int8", "int8_fp16", "auto")
@@ -57,7 +54,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=names, default=names)
     parser.add_argument("--seconds", type=float, default=4.0, help="of measurements for each shape")
     parser.add_argument("--out", type=Path, default=RESULTS / "attention.json")
-    parser.add_argument("--commit", help="where this is no git checkout")
+    add_commit_option(parser)
     parser.add_argument("--plot", action="store_true", help="only draw the result file")
     options = parser.parse_args()
     if not options.plot:
@@ -83,15 +80,9 @@ def measure(shapes: list[BenchmarkShape], options: argparse.Namespace) -> dict[s
         for row in found:
             print_row(row)
         rows += found
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "gpu": torch.cuda.get_device_name(device),
-        "torch": torch.__version__,
+        **describe("attention.py", device, options.commit),
         "versions": {"cudnn": torch.backends.cudnn.version(), "cuda": torch.version.cuda, "triton": version("triton")},
-        "commit": options.commit or head.stdout.strip(),
-        "date": date.today().isoformat(),
-        "command": "python sage_kernels/benchmarks/attention.py",
         "rows": rows,
     }
 

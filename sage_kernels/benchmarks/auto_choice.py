@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from result_file import describe
+from result_file import add_commit_option, describe
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -68,13 +68,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=0.4, help="of measurements for each shape")
     parser.add_argument("--out", type=Path, default=RESULTS / "auto_choice.json")
-    parser.add_argument("--commit", help="where this is no git checkout")
+    add_commit_option(parser)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA GPU here")
     device = torch.device("cuda", torch.cuda.current_device())
-    record = describe("auto_choice.py", device)
-    record["commit"] = options.commit or record["commit"]
+    record = describe("auto_choice.py", device, options.commit)
     rows = [row for shape in SHAPES for row in measure(shape, options.seconds, device)]
     write_json(options.out, {**record, "rows": rows})
 
@@ -93,7 +92,8 @@ def measure(shape: Shape, seconds: float, device: torch.device) -> list[dict[str
         try:
             in_a_row(name, call, 2)
             torch.cuda.synchronize(device)
-        except RuntimeError:
+        except RuntimeError as reason:
+            print(f"{shape.name}: no {name}: {str(reason).splitlines()[0]}")
             continue
         rows[name] = partial(in_a_row, name, call, IN_A_ROW)
     times = {

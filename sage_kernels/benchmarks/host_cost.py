@@ -11,15 +11,14 @@ built with emulated ones: the host's part is the same.
 import argparse
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from result_file import add_commit_option, describe
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -29,7 +28,6 @@ from sage_kernels.evidence import write_json
 from sage_kernels.kernels.nvfp4_cuda import NVFP4CudaKernel
 from sage_kernels.planned_attention import plan_with
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
 SHAPE = (1, 4, 256, 128)  # B, H, N, D
 _WARM_UP = 20
@@ -51,6 +49,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=400, help="of each kind that are timed")
     parser.add_argument("--out", type=Path, default=RESULTS / "host_cost.json")
     parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile has to build")
+    add_commit_option(parser)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA GPU here")
@@ -63,17 +62,7 @@ def main() -> None:
         for benchmark, time_us in (("host_single", single), ("host_in_a_row", in_a_row)):
             row = {"benchmark": benchmark, "shape": "x".join(map(str, SHAPE)), "method": name}
             rows.append({**row, "ms": time_us / 1e3, "tflops": None, "rel_l1": None, "extra_bytes": None})
-    record = {
-        "machine": f"{platform.processor() or platform.machine()}, Python {platform.python_version()}",
-        "gpu": torch.cuda.get_device_name(device),
-        "torch": torch.__version__,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip(),
-        "date": date.today().isoformat(),
-        "command": "python sage_kernels/benchmarks/host_cost.py",
-        "rows": rows,
-    }
+    record = {**describe("host_cost.py", device, options.commit), "python": platform.python_version(), "rows": rows}
     write_json(options.out, record)
 
 

@@ -8,23 +8,20 @@ blocks at three of twenty steps. Relative L1 to exact attention in float32, over
 
 import argparse
 import importlib
-import platform
-import subprocess
 import sys
 from collections.abc import Callable
-from datetime import date
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from result_file import ROOT, add_commit_option, describe
 from torch import Tensor
 
 import sage_kernels
 from sage_kernels.evidence import write_json
 from sage_kernels.reference import attention_fp32
 
-ROOT = Path(__file__).resolve().parents[2]
 RUNGS = ("fp16", "int8", "int8_fp16")
 RANDOM_SHAPES = ((1, 8, 8192, 128), (1, 8, 8192, 64))
 CAPTURED_STEPS = (5, 10, 15)
@@ -35,7 +32,7 @@ def main() -> None:
     """Measure, print the table, write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "int8_accuracy.json")
-    parser.add_argument("--commit", help="where this is no git checkout")
+    add_commit_option(parser)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA GPU here")
@@ -49,17 +46,7 @@ def main() -> None:
     ]
     for row in rows:
         print(f"{row['shape']:12} {row['method']:20} relative L1 {row['rel_l1']:.5f}")
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    result = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "gpu": torch.cuda.get_device_name(device),
-        "torch": torch.__version__,
-        "commit": options.commit or head.stdout.strip(),
-        "date": date.today().isoformat(),
-        "command": "python sage_kernels/benchmarks/int8_accuracy.py",
-        "rows": rows,
-    }
-    write_json(options.out, result)
+    write_json(options.out, {**describe("int8_accuracy.py", device, options.commit), "rows": rows})
 
 
 def errors(inputs: list[Inputs]) -> dict[str, float]:

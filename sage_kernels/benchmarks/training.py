@@ -13,15 +13,13 @@ import contextlib
 import json
 import multiprocessing
 import os
-import platform
-import subprocess
 from collections.abc import Callable, Iterator
-from datetime import date
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from result_file import add_commit_option, describe
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -30,7 +28,6 @@ from sage_kernels.evidence import write_json
 from sage_kernels.gpu_timing import time_in_turns
 from sage_kernels.training import trainable_attention
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
 ERROR_LENGTH = 2048
 PASSES = 3.5  # a forward and a backward pass, in forward passes
@@ -69,6 +66,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seconds", type=float, default=3.0, help="of measurements for each shape")
     parser.add_argument("--out", type=Path, default=RESULTS / "training.json")
+    add_commit_option(parser)
     parser.add_argument("--plot", action="store_true", help="only draw the result file")
     options = parser.parse_args()
     if not options.plot:
@@ -99,15 +97,8 @@ def measure(shapes: list[BenchmarkShape], options: argparse.Namespace) -> Iterat
     device = torch.device("cuda", torch.cuda.current_device())
     rows: list[dict[str, Any]] = []
     result = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "gpu": torch.cuda.get_device_name(device),
-        "torch": torch.__version__,
+        **describe("training.py", device, options.commit),
         "versions": {"cudnn": torch.backends.cudnn.version(), "cuda": torch.version.cuda, "triton": version("triton")},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip(),
-        "date": date.today().isoformat(),
-        "command": "python sage_kernels/benchmarks/training.py",
         "rows": rows,
     }
     for shape in shapes:

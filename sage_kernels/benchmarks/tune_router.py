@@ -10,14 +10,13 @@ import argparse
 import json
 import multiprocessing
 import os
-import subprocess
 from collections.abc import Callable, Sequence
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from result_file import add_commit_option, describe
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -30,7 +29,6 @@ from sage_kernels.kernels import KERNELS
 from sage_kernels.kernels.interface import Kernel
 from sage_kernels.router import TABLE
 
-ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -52,7 +50,7 @@ def main() -> None:
     """Measure, print the table, write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=0.25, help="of measurements for each length")
-    parser.add_argument("--commit", help="where this is no git checkout")
+    add_commit_option(parser)
     parser.add_argument("--compile-only", action="store_true", help="only fill the caches of compiled kernels")
     parser.add_argument("--out", type=Path, default=TABLE, help=f"default: {TABLE.name} of the package")
     options = parser.parse_args()
@@ -66,13 +64,10 @@ def main() -> None:
         )
     if options.compile_only:
         return
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    about = describe("tune_router.py", device, options.commit)
     entry = {
-        "gpu": torch.cuda.get_device_name(device),
-        "torch": torch.__version__,
+        **{name: about[name] for name in ("gpu", "torch", "commit", "date")},
         "cudnn": torch.backends.cudnn.version(),
-        "commit": options.commit or head.stdout.strip(),
-        "date": date.today().isoformat(),
     }
     table = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
     rows = []
