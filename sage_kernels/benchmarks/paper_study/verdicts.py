@@ -41,7 +41,7 @@ VERDICTS = {
     "that + four over six for V alone": ("none in the loop; a second rounding of V in preparation", "see K, V"),
     "that + four over six for K alone": ("none in the loop; a second rounding of K in preparation", "see K, V"),
     "+ four over six for K, V = ours (fp4)": (
-        "none in the loop, no bytes; about 40 instructions more for 16 numbers in preparation",
+        "none in the loop, no bytes; a second rounding of K's first digit and of V in preparation",
         "adopted in the format, the reference, the FP4 kernel's preparation and the FP4 cache",
     ),
     "ours with the row sum of P before rounding": (
@@ -53,7 +53,7 @@ VERDICTS = {
         "open: INT8 does so; a few percent where V has means",
     ),
     "ours + four over six for Q": (
-        "none in the loop; about 40 instructions more for 16 numbers of Q's preparation",
+        "none in the loop; a second rounding of Q in preparation",
         "open: Q's preparation would take it too; measured in the reference only",
     ),
     "ours + four over six for Q, P": (
@@ -76,7 +76,7 @@ VERDICTS = {
         "rejected: small blocks of exact means do better without a decomposition",
     ),
     "fp8_fp4 (Q, K in MXFP8)": (
-        "Q K at half the FP4 rate: 1.5 x the MMA time in all; K at 8.25 bits instead of 9 with both digits",
+        "Q K at half the FP4 rate, 16 products a tile for K's rounding error; K at 12.75 bits with that error",
         "adopted as a rung of its own",
     ),
     "fp8_fp4 without four over six for V": ("the same in the loop", "rejected: four over six is free there"),
@@ -84,7 +84,10 @@ VERDICTS = {
         "none in the loop; 7 butterfly stages for each row of Q and K in preparation",
         "open, as for fp4",
     ),
-    "Q, K in MXFP8, no smooth Q": ("no delta_s at all", "rejected: smoothing still helps MXFP8"),
+    "Q, K in MXFP8, no smooth Q": (
+        "no delta_s at all",
+        "rejected: with sharp attention K's rounding error costs too much",
+    ),
     "Q, K in MXFP8, 128 rows per Q mean, exact delta_s": (
         "delta_s of N / 128 x N floats a head in memory",
         "rejected: its memory",
