@@ -11,7 +11,7 @@ from sage_kernels import UnsupportedAttention, architectures, dispatch
 from sage_kernels.architectures import ARCHITECTURES, find_architecture
 from sage_kernels.attention_call import make_call
 from sage_kernels.cli import main
-from sage_kernels.kernels import KERNELS, find_kernel, nvfp4_cuda
+from sage_kernels.kernels import KERNELS, find_kernel
 from sage_kernels.precision import PRECISIONS
 from sage_kernels.recipes import RECIPES
 from sage_kernels.reference import quantized_attention
@@ -209,14 +209,6 @@ def test_each_architecture_says_why_not(monkeypatch, capability, precision, reas
     decision = dispatch.decide(_call(precision))
     assert decision.kernel is None
     assert reason in decision.refusals[0].reason
-
-
-def test_a_withheld_rung_says_why(monkeypatch):
-    pretend_gpu(monkeypatch, (12, 0))
-    monkeypatch.setitem(nvfp4_cuda._WITHHELD, "fp8_fp4", "is not offered yet")
-    decision = dispatch.decide(_call("fp8_fp4"))
-    assert decision.kernel is None
-    assert str(decision.refusals[0]) == "mxfp8_nvfp4_cuda: is not offered yet"
 
 
 def test_a_rung_without_a_kernel_says_so(monkeypatch):

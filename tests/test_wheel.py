@@ -87,7 +87,9 @@ def installed(wheel, tmp_path_factory):
     programs = folder / ("Scripts" if os.name == "nt" else "bin")
     python = programs / ("python.exe" if os.name == "nt" else "python")
     pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True, timeout=300)
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # pip looks there too
+    command = [*pip, "install", "--quiet", "--no-deps", "--no-index", wheel]
+    subprocess.run(command, check=True, timeout=300, env=alone)
     query = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site_packages = subprocess.run([python, "-c", query], capture_output=True, text=True, check=True).stdout.strip()
     (Path(site_packages) / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))

@@ -51,10 +51,10 @@ class Architecture:
 
 _8BIT: tuple[Precision, ...] = ("int8", "int8_fp16", "fp16")
 _4BIT: tuple[Precision, ...] = ("fp4", "fp8_fp4", *_8BIT)
-# What was tested on an H100 only.
-_INT8: tuple[Precision, ...] = ("int8", "int8_fp16")
-_DATACENTER_NEVER: tuple[Precision, ...] = ("fp4", *_INT8)
-_ALL: tuple[Precision, ...] = ("fp4", "fp8_fp4", *_INT8)
+# never_run: quantised kernels were tested on an H100 only.
+_INT8_ELSEWHERE: tuple[Precision, ...] = ("int8", "int8_fp16")
+_DATACENTER_ELSEWHERE: tuple[Precision, ...] = ("fp4", *_INT8_ELSEWHERE)
+_4BIT_ELSEWHERE: tuple[Precision, ...] = ("fp4", "fp8_fp4", *_INT8_ELSEWHERE)
 _NO_4BIT: dict[Precision, str] = {"fp4": _NO_FP4, "fp8_fp4": _NO_MXFP8}
 _NO_8BIT: dict[Precision, str] = _NO_4BIT | {"int8": _NO_INT8_MMA, "int8_fp16": _NO_INT8_MMA}
 _DATACENTER: tuple[Precision, ...] = ("fp4", *_8BIT)
@@ -63,16 +63,16 @@ _NO_DATACENTER: dict[Precision, str] = {"fp4": _TCGEN05_ONLY, "fp8_fp4": _TCGEN0
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture((7, 5), "RTX 20, T4", "sm_75", 64 << 10, ("fp16",), _NO_8BIT),
-    Architecture((8, 0), "A100, A30", "sm_80", 163 << 10, _8BIT, _NO_4BIT, _INT8),
-    Architecture((8, 6), "RTX 30, A10, A40", "sm_86", 99 << 10, _8BIT, _NO_4BIT, _INT8),
-    Architecture((8, 7), "Jetson Orin", "sm_87", 163 << 10, _8BIT, _NO_4BIT, _INT8),
-    Architecture((8, 9), "RTX 40, L4, L40", "sm_89", 99 << 10, _8BIT, _NO_4BIT, _INT8),
+    Architecture((8, 0), "A100, A30", "sm_80", 163 << 10, _8BIT, _NO_4BIT, _INT8_ELSEWHERE),
+    Architecture((8, 6), "RTX 30, A10, A40", "sm_86", 99 << 10, _8BIT, _NO_4BIT, _INT8_ELSEWHERE),
+    Architecture((8, 7), "Jetson Orin", "sm_87", 163 << 10, _8BIT, _NO_4BIT, _INT8_ELSEWHERE),
+    Architecture((8, 9), "RTX 40, L4, L40", "sm_89", 99 << 10, _8BIT, _NO_4BIT, _INT8_ELSEWHERE),
     Architecture((9, 0), "H100, H200, GH200", "sm_90a", 227 << 10, _8BIT, _NO_4BIT),
-    Architecture((10, 0), "B200, GB200", "sm_100a", 227 << 10, _DATACENTER, _NO_DATACENTER_FP8, _DATACENTER_NEVER),
-    Architecture((10, 3), "B300, GB300", "sm_103a", 227 << 10, _DATACENTER, _NO_DATACENTER_FP8, _DATACENTER_NEVER),
-    Architecture((11, 0), "Jetson Thor", "sm_110a", 227 << 10, _8BIT, _NO_DATACENTER, _INT8),
-    Architecture((12, 0), "RTX 50, RTX PRO Blackwell", "sm_120a", 99 << 10, _4BIT, {}, _ALL),
-    Architecture((12, 1), "DGX Spark (GB10)", "sm_121a", 99 << 10, _4BIT, {}, _ALL),
+    Architecture((10, 0), "B200, GB200", "sm_100a", 227 << 10, _DATACENTER, _NO_DATACENTER_FP8, _DATACENTER_ELSEWHERE),
+    Architecture((10, 3), "B300, GB300", "sm_103a", 227 << 10, _DATACENTER, _NO_DATACENTER_FP8, _DATACENTER_ELSEWHERE),
+    Architecture((11, 0), "Jetson Thor", "sm_110a", 227 << 10, _8BIT, _NO_DATACENTER, _INT8_ELSEWHERE),
+    Architecture((12, 0), "RTX 50, RTX PRO Blackwell", "sm_120a", 99 << 10, _4BIT, {}, _4BIT_ELSEWHERE),
+    Architecture((12, 1), "DGX Spark (GB10)", "sm_121a", 99 << 10, _4BIT, {}, _4BIT_ELSEWHERE),
 )
 
 

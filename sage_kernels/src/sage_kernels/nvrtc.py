@@ -183,12 +183,10 @@ def find_nvrtc(arch: str) -> Nvrtc:
         except (OSError, AttributeError, KernelLoadError) as error:
             found.append(f"{path} can't be used: {error}")
             continue
-        if supported and (arch, nvrtc.version) in _WRONG_CODE:
-            found.append(f"{path} is {nvrtc.name}, by which {_WRONG_CODE[arch, nvrtc.version]}")
-            continue
-        if supported:
+        wrong = _WRONG_CODE.get((arch, nvrtc.version))
+        if supported and wrong is None:
             return nvrtc
-        found.append(f"{path} is {nvrtc.name}, which doesn't know {arch}")
+        found.append(f"{path} is {nvrtc.name}, " + (f"by which {wrong}" if supported else f"which doesn't know {arch}"))
     raise KernelLoadError(
         f"no NVRTC that compiles for {arch}: {'; '.join(found) or 'searched ' + ', '.join(folders)}. Install the "
         "sage_kernels wheel, which needs no compiler, or a CUDA build of torch (CUDA 12.8 or newer for RTX 50)"
