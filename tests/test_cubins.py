@@ -1,6 +1,7 @@
 """What every shipped cubin must be, checked on all of them after one build; and the checks, on kernels that fail."""
 
 import sys
+from functools import lru_cache
 
 import pytest
 
@@ -32,13 +33,19 @@ def cubin_elf(tool):
 
 
 @pytest.fixture(scope="session")
-def opcodes(tool):
-    """Counts the opcodes of a cubin."""
+def listing(tool):
+    """The machine code of a cubin, as text."""
     disassembly = tool("disassembly")
     nvdisasm = disassembly.find_nvdisasm()
     if nvdisasm is None:
         pytest.skip(f"no nvdisasm beside {sys.executable}: install the test extra (Linux and Windows only)")
-    return lambda cubin: disassembly.count_opcodes(disassembly.disassemble(cubin, nvdisasm))
+    return lru_cache(maxsize=None)(lambda cubin: disassembly.disassemble(cubin, nvdisasm))
+
+
+@pytest.fixture(scope="session")
+def opcodes(tool, listing):
+    """Counts the opcodes of a cubin."""
+    return lambda cubin: tool("disassembly").count_opcodes(listing(cubin))
 
 
 @pytest.fixture(scope="session")
@@ -153,6 +160,49 @@ def test_instructions_are_found_in_machine_code(bad_kernels, opcodes):
     assert found["HMMA"] == 1
     assert found["EXIT"] >= 3
     assert found["OMMA"] == 0
+
+
+@pytest.mark.parametrize("check", ["unwritten_codes", "touched_in_flight", "serialized_products"])
+def test_the_assembler_made_no_hazard(kernels, listing, tool, check):
+    find = getattr(tool("sass_hazards"), check)
+    found = {kernel["file"]: find(listing(cubin)) for kernel, cubin in kernels}
+    assert {file: hazards for file, hazards in found.items() if hazards} == {}
+
+
+def test_a_conversion_that_the_assembler_loses_is_found(bad_kernels, listing, tool):
+    """NVRTC 12.8 compiles this kernel wrong: on a GPU the difference is not zero."""
+    assert len(tool("sass_hazards").unwritten_codes(listing(bad_kernels))) == 1
+
+
+PRODUCT = "QGMMA.64x64x32.F32.E4M3.E4M3 R24, R4, gdesc[UR8], R24"
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ([f"{PRODUCT}, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "FADD R24, R24, R1", "MOV R4, R1"], []),
+        ([f"{PRODUCT}, gsb0", "FADD R60, R55, R1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"], ["FADD R60"]),
+        ([f"{PRODUCT}, gsb0", "@P0 MOV R55, R1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"], ["MOV R55"]),
+        ([f"{PRODUCT}, gsb0", "MOV R7, R1", "FADD R1, R7, R1"], ["MOV R7"]),
+        ([f"{PRODUCT}, gsb0", "LDS.128 R20, [R1]"], []),
+        ([f"{PRODUCT}, gsb0", "LDS.128 R21, [R1]"], ["LDS.128 R21"]),
+        ([PRODUCT, "STS [R1], R30", PRODUCT + ", gsb0"], ["STS [R1]"]),
+        ([f"{PRODUCT}, gsb0", "IGMMA.64x64x32.S8.S8 R60, gdesc[UR4], R60, gsb0"]
+         + ["WARPGROUP.DEPBAR.LE gsb0, 0x1", "FADD R24, R24, R1", "FADD R60, R60, R1"], ["FADD R60"]),
+    ],
+)  # fmt: skip
+def test_registers_of_a_product_in_flight_are_its_own(tool, code, found):
+    listing = "".join(f"        /*{16 * place:04x}*/                   {line} ;\n" for place, line in enumerate(code))
+    hazards = tool("sass_hazards").touched_in_flight(listing)
+    assert len(hazards) == len(found)
+    assert all(start in hazard for start, hazard in zip(found, hazards, strict=True))
+
+
+def test_products_that_wait_for_each_other_are_found(tool):
+    pipelined = [PRODUCT, f"{PRODUCT}, gsb0"]
+    for code, found in ((pipelined, 0), ([f"{PRODUCT}, gsb0"] * 2, 2), ([*pipelined, f"{PRODUCT}, gsb0"], 1)):
+        listing = "".join(f"        /*{16 * place:04x}*/           {line} ;\n" for place, line in enumerate(code))
+        assert len(tool("sass_hazards").serialized_products(listing)) == found
 
 
 def test_resources_are_those_that_the_compiler_reports(bad_kernels, cubin_elf):

@@ -103,15 +103,3 @@ def test_a_compiler_that_is_too_old_or_broken_is_named(tmp_path, monkeypatch, nv
     with pytest.raises(KernelLoadError, match=r"libnvrtc\.so\.11 can't be used.*is NVRTC 12\.8, which doesn't know"):
         nvrtc.find_nvrtc.__wrapped__("sm_121a")
     assert isinstance(nvrtc.find_nvrtc.__wrapped__("sm_120a"), Nvrtc)
-
-
-def test_a_compiler_whose_code_was_seen_wrong_is_passed_over(monkeypatch, nvrtc_12_8, tool):
-    compilers = tool("pinned_compilers")
-    newer = compilers.install(compilers.NVRTC_12_9).as_posix()
-    (library,) = find_libraries([newer])
-    monkeypatch.setattr(nvrtc, "search_folders", lambda: [library.parent.as_posix(), nvrtc_12_8.path.parent.as_posix()])
-    assert nvrtc.find_nvrtc.__wrapped__("sm_120a").version == (12, 9)
-    assert nvrtc.find_nvrtc.__wrapped__("sm_90a").version == (12, 8)
-    monkeypatch.setattr(nvrtc, "search_folders", lambda: [library.parent.as_posix()])
-    with pytest.raises(KernelLoadError, match=r"is NVRTC 12\.9, by which INT8 attention gave wrong numbers"):
-        nvrtc.find_nvrtc.__wrapped__("sm_90a")

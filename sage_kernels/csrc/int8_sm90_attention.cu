@@ -59,6 +59,7 @@ struct Consumer : Softmax {
     float (&target)[kColumns] = output;
 #endif
     const bool starts = PROMOTE && block % max(PROMOTE, 1) == 0;
+    pin_registers(weights);
     wgmma_fence(target);
 #pragma unroll
     for (int step = 0; step < KEYS / 32; ++step) {
@@ -74,6 +75,7 @@ struct Consumer : Softmax {
 #else
     wgmma_wait<0>(output);
 #endif
+    pin_registers(weights);
     release(shared.value_empty(values.stage));
     values.advance();
   }
@@ -155,11 +157,10 @@ struct Consumer : Softmax {
 
   DEVICE void run(const Tile& tile) {
     const int row = tile.row + thread_row();
-    const i64 query_row = i64(tile.batch * p.heads + tile.head) * p.query_rows + row;
-    const float* key_scales = p.key_scale + i64(tile.kv_head) * p.key_blocks;
+    // Addresses and what a tile needs once are computed anew: held, they'd be spilled.
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      query_scale[r] = p.query_scale[query_row + 8 * r];
+      query_scale[r] = p.query_scale[i64(tile.batch * p.heads + tile.head) * p.query_rows + row + 8 * r];
       maximum[r] = -infinity();
       row_sum[r] = 0.f;
     }
@@ -167,7 +168,7 @@ struct Consumer : Softmax {
     mbarrier_wait(shared.query_full(warpgroup), query_parity);
     if (tile.key_blocks > 0) {
       const int unmasked = (p.is_causal ? min(tile.key_length, tile.row + warpgroup * 64 + 1) : tile.key_length) / KEYS;
-      float key_scale = key_scales[0];
+      float key_scale = p.key_scale[tile.kv_head * p.key_blocks];
       wait_key();
       start_scores();
       issue_qk();
@@ -181,7 +182,7 @@ struct Consumer : Softmax {
       start_scores();
       if (tile.key_blocks > 1) wait_key();
       for (int block = 1; block < tile.key_blocks; ++block) {
-        key_scale = key_scales[block];
+        key_scale = p.key_scale[tile.kv_head * p.key_blocks + block];
         if (PINGPONG) named_barrier_sync(1 + warpgroup, 256);
         issue_qk();
         issue_pv(block - 1);

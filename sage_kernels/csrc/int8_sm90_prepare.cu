@@ -224,11 +224,14 @@ static __device__ __noinline__ void quantize_value(const Int8Params& p, int bloc
         u16 pair;
         float rounded_a, rounded_b;
         asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(b), "f"(a));
-        asm("{\n.reg .b32 halves;\n.reg .b16 low, high;\ncvt.rn.f16x2.e4m3x2 halves, %2;\nmov.b32 {low, high}, "
-            "halves;\n"
+        // Converted a second time, in the other order, because the assemblers of CUDA 12.8 and 12.9 merge a conversion
+        // into the word that it is packed into, and then read it for anything else from a register never written.
+        asm("{\n.reg .b16 codes, low, high;\n.reg .b32 halves;\n"
+            "cvt.rn.satfinite.e4m3x2.f32 codes, %2, %3;\ncvt.rn.f16x2.e4m3x2 halves, codes;\n"
+            "mov.b32 {high, low}, halves;\n"
             "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}\n"
             : "=f"(rounded_a), "=f"(rounded_b)
-            : "h"(pair));
+            : "f"(a), "f"(b));
         error[c] += (a - rounded_a) + (b - rounded_b);
         codes[c] |= u32(pair) << 16 * half;
       }

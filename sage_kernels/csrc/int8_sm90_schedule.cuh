@@ -12,9 +12,10 @@ struct Tile {
 // keys in the L2 cache, or, where turns would leave many idle in the end, an even share of all rows.
 struct Schedule {
   const Int8Params& p;
-  int units_per_head, next, end;
+  int next, end;
 
-  DEVICE Schedule(const Int8Params& p) : p(p), units_per_head(ceil_div(p.query_length, 64)) {
+  DEVICE Schedule(const Int8Params& p) : p(p) {
+    const int units_per_head = ceil_div(p.query_length, 64);
     const int heads = p.batch * p.heads;
     next = blockIdx.x;
     end = heads * ceil_div(units_per_head, WARPGROUPS);
@@ -26,6 +27,7 @@ struct Schedule {
 
   DEVICE bool advance(Tile& tile) {
     if (next >= end) return false;
+    const int units_per_head = ceil_div(p.query_length, 64);
     int batch_head, unit, units = WARPGROUPS;
     if (p.even_shares) {
       batch_head = next / units_per_head;

@@ -176,6 +176,13 @@ DEVICE void shared_stores_fence() { asm volatile("fence.proxy.async.shared::cta;
 
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
+// Registers that a wgmma in flight reads as its operand A: what writes them stays before this, what reuses them behind.
+template <int kCount>
+DEVICE void pin_registers(u32 (&x)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(x[i]));
+}
+
 // Overloads by accumulator: u32 arrays hold the bits of s32 (QK), float arrays f32 (PV); n registers are n * 2 columns.
 // wgmma_fence: ordinary instructions wrote the registers. wgmma_wait: at most kPending groups are still in flight.
 // wgmma_qk: accumulator += A (shared) * B (shared), INT8. wgmma_pv: accumulator (+)= A (registers) * B (shared), E4M3.

@@ -1,6 +1,7 @@
 """The compilers of the shipped cubins: pinned NVRTC packages, each in a folder of its own.
 
-For each target the oldest compiler that knows it, so that the cubins load on the oldest driver that knows the GPU.
+For each target the oldest compiler that knows it, so that the cubins load on the oldest driver that knows the GPU; for
+sm_90a, whose oldest drivers load all of CUDA 12, the one that keeps several wgmma in flight at head_dim 128.
 Two versions of one package can't share an environment, so pip unpacks each into a folder that is kept.
 """
 
@@ -52,8 +53,8 @@ NVRTC_12_9 = PinnedCompiler(
 
 
 def compiler_for(arch: str) -> PinnedCompiler:
-    """The compiler of a target: the older one wherever it knows the target."""
-    return NVRTC_12_9 if arch in ("sm_103a", "sm_121a") else NVRTC_12_8
+    """The compiler of a target: the older one wherever it knows the target, but for sm_90a."""
+    return NVRTC_12_9 if arch in ("sm_90a", "sm_103a", "sm_121a") else NVRTC_12_8
 
 
 def available() -> bool:

@@ -22,3 +22,24 @@ extern "C" __global__ void shares(float* p) {
   __syncthreads();
   p[threadIdx.x] = values[332 - threadIdx.x];
 }
+
+// What pairs of E4M3 codes, packed into words, lose: two conversions, each read by the word and by the way back.
+extern "C" __global__ void loses_a_conversion(const float* p, unsigned* words, float* lost) {
+  float error = 0.f;
+  unsigned word = 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float a = p[threadIdx.x * 4 + 2 * half], b = p[threadIdx.x * 4 + 2 * half + 1];
+    unsigned short pair;
+    float rounded_a, rounded_b;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(b), "f"(a));
+    asm("{\n.reg .b32 halves;\n.reg .b16 low, high;\ncvt.rn.f16x2.e4m3x2 halves, %2;\nmov.b32 {low, high}, halves;\n"
+        "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}\n"
+        : "=f"(rounded_a), "=f"(rounded_b)
+        : "h"(pair));
+    error += (a - rounded_a) + (b - rounded_b);
+    word |= unsigned(pair) << 16 * half;
+  }
+  words[threadIdx.x] = word;
+  lost[threadIdx.x] = error;
+}

@@ -149,10 +149,6 @@ def search_folders() -> list[str]:
     return folders
 
 
-# Measured with long sequences: relative L1 0.04 to 0.2 where NVRTC 13.0 gives 0.037; why is not known.
-_WRONG_CODE = {("sm_90a", (12, 9)): "INT8 attention gave wrong numbers on an H100"}
-
-
 def find_libraries(folders: Sequence[str]) -> list[Path]:
     """NVRTC libraries in `folders`, in their order; of several in one folder the newest first."""
     found: dict[Path, Path] = {}
@@ -183,10 +179,9 @@ def find_nvrtc(arch: str) -> Nvrtc:
         except (OSError, AttributeError, KernelLoadError) as error:
             found.append(f"{path} can't be used: {error}")
             continue
-        wrong = _WRONG_CODE.get((arch, nvrtc.version))
-        if supported and wrong is None:
+        if supported:
             return nvrtc
-        found.append(f"{path} is {nvrtc.name}, " + (f"by which {wrong}" if supported else f"which doesn't know {arch}"))
+        found.append(f"{path} is {nvrtc.name}, which doesn't know {arch}")
     raise KernelLoadError(
         f"no NVRTC that compiles for {arch}: {'; '.join(found) or 'searched ' + ', '.join(folders)}. Install the "
         "sage_kernels wheel, which needs no compiler, or a CUDA build of torch (CUDA 12.8 or newer for RTX 50)"
