@@ -60,6 +60,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--screenshots", metavar="DIR", help="where browser tests save the pictures of the documentation")
     parser.addoption("--write-evidence", metavar="DIR", help="where tests/gpu writes FAMILY.json")
+    parser.addoption(
+        "--emulated-cubins",
+        metavar="DIR",
+        help="of tools/build_cubins.py --emulated; then nothing is compiled at first use",
+    )
     parser.addoption("--evidence-commit", metavar="HASH", default="", help="the commit, where there is no git checkout")
     if "--comfyui-root" in sys.argv:
         # pytest reads paths before it knows this option, and would load the tests of the checkout.

@@ -187,10 +187,19 @@ PRODUCT = "QGMMA.64x64x32.F32.E4M3.E4M3 R24, R4, gdesc[UR8], R24"
         ([f"{PRODUCT}, gsb0", "LDS.128 R20, [R1]"], []),
         ([f"{PRODUCT}, gsb0", "LDS.128 R21, [R1]"], ["LDS.128 R21"]),
         ([PRODUCT, "STS [R1], R30", PRODUCT + ", gsb0"], ["STS [R1]"]),
-        ([f"{PRODUCT}, gsb0", "IGMMA.64x64x32.S8.S8 R60, gdesc[UR4], R60, gsb0"]
-         + ["WARPGROUP.DEPBAR.LE gsb0, 0x1", "FADD R24, R24, R1", "FADD R60, R60, R1"], ["FADD R60"]),
+        (
+            [
+                *(
+                    f"{PRODUCT}, gsb0",
+                    "IGMMA.64x64x32.S8.S8 R60, gdesc[UR4], R60, gsb0",
+                    "WARPGROUP.DEPBAR.LE gsb0, 0x1",
+                ),
+                *("FADD R24, R24, R1", "FADD R60, R60, R1"),
+            ],
+            ["FADD R60"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_registers_of_a_product_in_flight_are_its_own(tool, code, found):
     listing = "".join(f"        /*{16 * place:04x}*/                   {line} ;\n" for place, line in enumerate(code))
     hazards = tool("sass_hazards").touched_in_flight(listing)

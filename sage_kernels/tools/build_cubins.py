@@ -1,6 +1,7 @@
 """Compile every kernel variant with the pinned compilers, then write the wheel and its SHA256SUMS.
 
     python sage_kernels/tools/build_cubins.py
+    python sage_kernels/tools/build_cubins.py --emulated FOLDER    # for pytest tests/gpu --emulated-cubins=FOLDER
 
 Needs Linux x86_64, Python 3.11, torch (any build) and tqdm; no GPU, no CUDA toolkit. The compilers (NVRTC, from PyPI,
 pinned by hash) are downloaded once. Two runs give the same bytes.
@@ -14,7 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ CUBINS = PROJECT / "src" / "sage_kernels" / "cubins"  # git-ignored: the wheel i
 WHEELS = PROJECT.parent / "wheels"
 CACHE = PROJECT / "build" / "cubins"
 PROCESSES = 2
+EMULATED_ARCH, EMULATION_ARCH = "sm_120a", "sm_90a"  # whose instructions, and on what
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Job:
     arch: str
     sources: Path
     libraries: Path
+    emulate: bool = False
 
     @property
     def file(self) -> str:
@@ -58,9 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheels", type=Path, default=WHEELS, help="where the wheel goes (default: wheels/)")
     parser.add_argument("--from-scratch", action="store_true", help="compile again what was compiled before")
+    parser.add_argument("--emulated", type=Path, metavar="FOLDER", help="instead: builds that a Hopper GPU can run")
     options = parser.parse_args(arguments)
     if options.from_scratch:
         shutil.rmtree(CACHE, ignore_errors=True)
+    if options.emulated is not None:
+        print(f"{emulate(VARIANTS, source_folder(), options.emulated)} emulated cubins in {options.emulated}")
+        return 0
     files = build(VARIANTS, source_folder(), CubinCache(CACHE))
     replace_folder(CUBINS, files)
     wheel = wheel_file.write_wheel(options.wheels, files)
@@ -87,16 +94,46 @@ def build(variants: Sequence[KernelVariant], sources: Path, cache: CubinCache) -
     keys = _keys_by_file(jobs)
     files = {name: cubin for name, key in keys.items() if (cubin := cache.read(key)) is not None}
     todo = {job.file: job for job in jobs if job.file not in files}
+    for name, cubin in _compile_all(todo):
+        files[name] = cubin
+        cache.write(keys[name], cubin)
+    files["manifest.json"] = (json.dumps(_manifest(jobs, files), indent=1) + "\n").encode()
+    return files
+
+
+def emulate(variants: Sequence[KernelVariant], sources: Path, folder: Path) -> int:
+    """Compile what emulates, for EMULATION_ARCH, by the compiler of most of the shipped cubins.
+
+    Args:
+        variants: those for a target that the oldest compiler knows are taken.
+        sources: folder of the CUDA sources.
+        folder: a CubinCache, as if NVRTC of that version had been found on the machine.
+
+    Returns:
+        How many it holds.
+    """
+    compiler = pinned_compilers.NVRTC_12_8
+    libraries = pinned_compilers.install(compiler)
+    jobs = {}
+    for variant in variants:
+        if EMULATED_ARCH in variant.archs:
+            texts = collect_sources(sources, variant.source)
+            key = build_key(texts, variant.compile_options(EMULATION_ARCH, emulate=True), str(compiler.release))
+            jobs[key] = Job(variant, EMULATION_ARCH, sources, libraries, emulate=True)
+    cache = CubinCache(folder)
+    todo = {key: job for key, job in jobs.items() if cache.read(key) is None}
+    for key, cubin in _compile_all(todo):
+        cache.write(key, cubin)
+    return len(jobs)
+
+
+def _compile_all(jobs: Mapping[str, Job]) -> Iterator[tuple[str, bytes]]:
     # spawn: forking a process that has threads, as torch does, can hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
-        running = {pool.submit(compile_job, job): name for name, job in todo.items()}
+        running = {pool.submit(compile_job, job): name for name, job in jobs.items()}
         for done in tqdm(as_completed(running), total=len(running), desc="cubins", disable=not running):
-            name = running[done]
-            files[name] = done.result()
-            cache.write(keys[name], files[name])
-    files["manifest.json"] = (json.dumps(_manifest(jobs, files), indent=1) + "\n").encode()
-    return files
+            yield running[done], done.result()
 
 
 def _keys_by_file(jobs: Sequence[Job]) -> dict[str, str]:
@@ -118,7 +155,8 @@ def compile_job(job: Job) -> bytes:
     (library,) = find_libraries([job.libraries.as_posix()])
     texts = collect_sources(job.sources, job.variant.source)
     source = texts.pop(job.variant.source)
-    return Nvrtc(library).compile(job.variant.source, source, texts, job.variant.compile_options(job.arch))
+    options = job.variant.compile_options(job.arch, job.emulate)
+    return Nvrtc(library).compile(job.variant.source, source, texts, options)
 
 
 def _manifest(jobs: Sequence[Job], cubins: dict[str, bytes]) -> dict[str, object]:

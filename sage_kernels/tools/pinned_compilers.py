@@ -28,6 +28,12 @@ class PinnedCompiler:
     sha256: tuple[str, ...]
 
     @property
+    def release(self) -> tuple[int, int]:
+        """Version of CUDA, such as (12, 8)."""
+        major, minor, _ = self.version.split(".")
+        return int(major), int(minor)
+
+    @property
     def requirement(self) -> str:
         """A line of a requirements file."""
         hashes = " ".join(f"--hash=sha256:{digest}" for digest in self.sha256)

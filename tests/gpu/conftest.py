@@ -3,6 +3,10 @@
 Tests marked `evidence("FAMILY")` are cases of tests/gpu/evidence/FAMILY.json. Each says its error by the fixture
 `within`. With --write-evidence=DIR a session that ran to its end writes DIR/FAMILY.json for every family it had cases
 of; the file then holds exactly the cases of that session.
+
+Kernels come from the package's cubins where it has them (tools/build_cubins.py puts them there), else they are compiled
+at first use by the NVRTC of the machine. With --emulated-cubins=DIR nothing is compiled: what is tested is the code of
+the pinned compilers.
 """
 
 import multiprocessing
@@ -14,8 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sage_kernels import evidence
+from precompiled import Precompiled
+from sage_kernels import cubin_loader, evidence
 from sage_kernels.architectures import device_architecture
+from sage_kernels.cubin_cache import CubinCache
+from sage_kernels.cubin_manifest import CubinManifest
+from sage_kernels.driver import cuda_driver
+from sage_kernels.kernel_sources import source_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = pytest.StashKey[dict[str, list[evidence.Case]]]()
@@ -28,6 +37,22 @@ def workers():
     """Processes on all cores, for what has much to compile."""
     with multiprocessing.get_context("spawn").Pool(min(28, os.cpu_count() or 1)) as pool:
         yield pool
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pinned_code(request):
+    """With --emulated-cubins, kernels of the pinned compilers and no others."""
+    folder = request.config.getoption("--emulated-cubins")
+    if folder is None:
+        return
+    compiler = Precompiled((12, 8))
+    manifest = CubinManifest(Path(cubin_loader.__file__).parent / "cubins")
+    loader = cubin_loader.KernelLoader(
+        cuda_driver(), source_folder(), manifest, CubinCache(Path(folder)), lambda arch: compiler
+    )
+    # For good: the evidence is written after the last fixture's end.
+    cubin_loader._default_loader = lambda: loader
+    evidence.find_nvrtc = lambda arch: compiler
 
 
 @pytest.fixture
