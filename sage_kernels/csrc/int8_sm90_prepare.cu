@@ -96,14 +96,20 @@ DEVICE void quantize_query(const Int8Params& p, int block, int batch, int head) 
   if (p.lse_shift)
     key_mean = load_mean(p.key_mean + (i64(batch) * p.kv_heads + head / (p.heads / p.kv_heads)) * HEAD_DIM, group);
   constexpr float kLog2E = 1.442695041f;
+  constexpr int kPasses = KEYS / kRowsPerPass, kAtOnce = 4;  // loads before a store, which later ones can't overtake
+  uint4 raw[kAtOnce];
 #pragma unroll
-  for (int pass = 0; pass < KEYS / kRowsPerPass; ++pass) {
+  for (int pass = 0; pass < kPasses; ++pass) {
+#pragma unroll
+    for (int ahead = pass; ahead < pass + kAtOnce && pass % kAtOnce == 0; ++ahead) {
+      const int row = block * KEYS + ahead * kRowsPerPass + threadIdx.x / kGroups;
+      raw[ahead % kAtOnce] = make_uint4(0, 0, 0, 0);
+      if (row < p.query_length && 8 * group < p.head_dim)
+        raw[ahead % kAtOnce] = *reinterpret_cast<const uint4*>(source + row * p.query_strides[2]);
+    }
     const int local = pass * kRowsPerPass + threadIdx.x / kGroups;
     const int row = block * KEYS + local;
-    uint4 raw = make_uint4(0, 0, 0, 0);
-    if (row < p.query_length && 8 * group < p.head_dim)
-      raw = *reinterpret_cast<const uint4*>(source + row * p.query_strides[2]);
-    const Channels v = unpack(raw);
+    const Channels v = unpack(raw[pass % kAtOnce]);
     u32 largest = 0;
     float dot = 0.f;
 #pragma unroll
@@ -128,47 +134,53 @@ DEVICE void quantize_query(const Int8Params& p, int block, int batch, int head) 
   }
 }
 
-DEVICE void quantize_key(const Int8Params& p, int block, int batch, int head, u32* shared) {
+// A thread's rows of the next block are loaded as soon as it has quantised those of this one.
+DEVICE void quantize_keys(const Int8Params& p, int first_block, int batch, int head, u32* shared) {
   const int group = threadIdx.x % kGroups;
-  const int length = valid_keys(p, batch);
+  const int length = 8 * group < p.head_dim ? valid_keys(p, batch) : 0;
   const i64 batch_head = i64(batch) * p.kv_heads + head;
   const u16* source = p.key + batch * p.key_strides[0] + head * p.key_strides[1] + 8 * group;
-  u8* image = p.key_codes + (batch_head * p.key_blocks + block) * KEYS * HEAD_DIM;
   constexpr int kPasses = KEYS / kRowsPerPass;
   uint4 raw[kPasses];
-  bool valid[kPasses];
-#pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const int row = block * KEYS + pass * kRowsPerPass + threadIdx.x / kGroups;
-    valid[pass] = row < length && 8 * group < p.head_dim;
+  auto find_row = [&](int block, int pass) { return block * KEYS + pass * kRowsPerPass + threadIdx.x / kGroups; };
+  auto load = [&](int block, int pass) {
+    const int row = find_row(block, pass);
     raw[pass] = make_uint4(0, 0, 0, 0);
-    if (valid[pass]) raw[pass] = *reinterpret_cast<const uint4*>(source + row * p.key_strides[2]);
-  }
+    if (row < length) raw[pass] = *reinterpret_cast<const uint4*>(source + row * p.key_strides[2]);
+  };
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) load(first_block, pass);
   const Channels mean = load_mean(p.key_mean + batch_head * HEAD_DIM, group);
-  u32 largest = 0;
+#pragma unroll 1
+  for (int block = first_block; block >= 0; block -= kClusterSize) {
+    u8* image = p.key_codes + (batch_head * p.key_blocks + block) * KEYS * HEAD_DIM;
+    u32 largest = 0;
 #pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const Channels v = unpack(raw[pass]);
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const Channels v = unpack(raw[pass]);
 #pragma unroll
-    for (int c = 0; c < 8; ++c)
-      if (valid[pass]) largest = max(largest, magnitude(v.x[c] - mean.x[c]));
+      for (int c = 0; c < 8; ++c)
+        if (find_row(block, pass) < length) largest = max(largest, magnitude(v.x[c] - mean.x[c]));
+    }
+#pragma unroll
+    for (int lane = 1; lane < 32; lane *= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, lane));
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = largest;
+    __syncthreads();
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) largest = max(largest, shared[warp]);
+    const Scale scale = make_scale(largest, 127.f);
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      Channels v = unpack(raw[pass]);
+#pragma unroll
+      for (int c = 0; c < 8; ++c) v.x[c] -= mean.x[c];
+      const uint2 codes = pack_int8(v, find_row(block, pass) < length ? scale.reciprocal : 0.f);
+      if (block >= kClusterSize) load(block - kClusterSize, pass);
+      *reinterpret_cast<uint2*>(image + image_offset(pass * kRowsPerPass + threadIdx.x / kGroups, group)) = codes;
+    }
+    if (threadIdx.x == 0) p.key_scale[batch_head * p.key_blocks + block] = scale.scale;
+    __syncthreads();  // before `shared` is used again
   }
-#pragma unroll
-  for (int lane = 1; lane < 32; lane *= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, lane));
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = largest;
-  __syncthreads();
-#pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) largest = max(largest, shared[warp]);
-  const Scale scale = make_scale(largest, 127.f);
-#pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    Channels v = unpack(raw[pass]);
-#pragma unroll
-    for (int c = 0; c < 8; ++c) v.x[c] -= mean.x[c];
-    *reinterpret_cast<uint2*>(image + image_offset(pass * kRowsPerPass + threadIdx.x / kGroups, group)) =
-        pack_int8(v, valid[pass] ? scale.reciprocal : 0.f);
-  }
-  if (threadIdx.x == 0) p.key_scale[batch_head * p.key_blocks + block] = scale.scale;
 }
 
 DEVICE int value_offset(int row, int chunk) {
@@ -181,78 +193,84 @@ DEVICE int value_offset(int row, int chunk) {
 // Order of the image's columns (keys): within each 32, column 16 h + 4 t + b is key 16 h + 8 (b / 2) + 2 t + b % 2,
 // so that a thread's accumulators of Q K^T are its A operand of P V. Order of its rows (channels): within each 32, row
 // 8 i + 2 t + e is channel 8 t + 2 i + e, so that a thread's outputs are 8 consecutive channels.
-// Not inlined, so that its registers are not kept beside the loop's.
-static __device__ __noinline__ void quantize_value(const Int8Params& p, int block, int batch, int head, u32* shared) {
+// What a thread needs next is loaded before it quantises what it has.
+DEVICE void quantize_values(const Int8Params& p, int first_block, int batch, int head, u32* shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   constexpr int kPairs = kGroups / 2;  // a warp reads 32 bytes of 16 tokens: two groups of 8 channels
+  constexpr int kChunks = KEYS / 16, kChunkStep = 4 * kWarps / kPairs;
   const int group = warp % kPairs * 2 + lane % 2;
-  const int quad = lane / 2 % 4;
-  const int length = valid_keys(p, batch);
+  const int quad = lane / 2 % 4, first_chunk = warp / kPairs * 4 + lane / 8;
+  const int length = 8 * group < p.head_dim ? valid_keys(p, batch) : 0;
   const i64 batch_head = i64(batch) * p.kv_heads + head;
   const u16* source = p.value + batch * p.value_strides[0] + head * p.value_strides[1] + 8 * group;
   const Channels mean = load_mean(p.value_mean + batch_head * HEAD_DIM, group);
   const Channels scales = load_mean(p.value_scale + batch_head * HEAD_DIM, group);
-  float reciprocal[8], error[8];
+  float reciprocal[8];
 #pragma unroll
-  for (int c = 0; c < 8; ++c) {
-    reciprocal[c] = scales.x[c] == scales.x[c] ? 1.f / scales.x[c] : 0.f;
-    error[c] = 0.f;
-  }
-#if BFLOAT16
+  for (int c = 0; c < 8; ++c) reciprocal[c] = scales.x[c] == scales.x[c] ? 1.f / scales.x[c] : 0.f;
+  uint4 raw[4];  // tokens 0, 1, 8 and 9 of a thread's 16
+  auto load = [&](int block, int chunk, int half) {
 #pragma unroll
-#else
-#pragma unroll 1  // unpacking takes more registers
-#endif
-  for (int chunk = warp / kPairs * 4 + lane / 8; chunk < KEYS / 16; chunk += 4 * kWarps / kPairs) {
-    u32 codes[8] = {};
+    for (int i = 2 * half; i < 2 * half + 2; ++i) {
+      const int token = block * KEYS + 16 * chunk + 8 * half + 2 * quad + i % 2;
+      raw[i] = make_uint4(0, 0, 0, 0);
+      if (token < length) raw[i] = *reinterpret_cast<const uint4*>(source + token * p.value_strides[2]);
+    }
+  };
+  load(first_block, first_chunk, 0);
+  load(first_block, first_chunk, 1);
+#pragma unroll 1
+  for (int block = first_block; block >= 0; block -= kClusterSize) {
+    float error[8] = {};
+#pragma unroll 1
+    for (int chunk = first_chunk; chunk < kChunks; chunk += kChunkStep) {
+      const bool ends = chunk + kChunkStep >= kChunks;
+      const int next_block = ends ? block - kClusterSize : block, next_chunk = ends ? first_chunk : chunk + kChunkStep;
+      u32 codes[8] = {};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      Channels v[2];
-      bool valid[2];
+      for (int half = 0; half < 2; ++half) {
+        const int token = block * KEYS + 16 * chunk + 8 * half + 2 * quad;
+        const Channels v[2] = {unpack(raw[2 * half]), unpack(raw[2 * half + 1])};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int token = block * KEYS + 16 * chunk + 8 * half + 2 * quad + i;
-        valid[i] = token < length && 8 * group < p.head_dim;
-        uint4 raw = make_uint4(0, 0, 0, 0);
-        if (valid[i]) raw = *reinterpret_cast<const uint4*>(source + token * p.value_strides[2]);
-        v[i] = unpack(raw);
+        for (int c = 0; c < 8; ++c) {
+          const float a = token < length ? (v[0].x[c] - mean.x[c]) * reciprocal[c] : 0.f;
+          const float b = token + 1 < length ? (v[1].x[c] - mean.x[c]) * reciprocal[c] : 0.f;
+          u16 pair;
+          float rounded_a, rounded_b;
+          asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(b), "f"(a));
+          // Converted a second time, in the other order, because the assemblers of CUDA 12.8 and 12.9 merge a
+          // conversion into the word that it is packed into, and then read it for anything else from a register never
+          // written.
+          asm("{\n.reg .b16 codes, low, high;\n.reg .b32 halves;\n"
+              "cvt.rn.satfinite.e4m3x2.f32 codes, %2, %3;\ncvt.rn.f16x2.e4m3x2 halves, codes;\n"
+              "mov.b32 {high, low}, halves;\n"
+              "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}\n"
+              : "=f"(rounded_a), "=f"(rounded_b)
+              : "f"(a), "f"(b));
+          error[c] += (a - rounded_a) + (b - rounded_b);
+          codes[c] |= u32(pair) << 16 * half;
+        }
+        if (next_block >= 0) load(next_block, next_chunk, half);
       }
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
-        const float a = valid[0] ? (v[0].x[c] - mean.x[c]) * reciprocal[c] : 0.f;
-        const float b = valid[1] ? (v[1].x[c] - mean.x[c]) * reciprocal[c] : 0.f;
-        u16 pair;
-        float rounded_a, rounded_b;
-        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(b), "f"(a));
-        // Converted a second time, in the other order, because the assemblers of CUDA 12.8 and 12.9 merge a conversion
-        // into the word that it is packed into, and then read it for anything else from a register never written.
-        asm("{\n.reg .b16 codes, low, high;\n.reg .b32 halves;\n"
-            "cvt.rn.satfinite.e4m3x2.f32 codes, %2, %3;\ncvt.rn.f16x2.e4m3x2 halves, codes;\n"
-            "mov.b32 {high, low}, halves;\n"
-            "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}\n"
-            : "=f"(rounded_a), "=f"(rounded_b)
-            : "f"(a), "f"(b));
-        error[c] += (a - rounded_a) + (b - rounded_b);
-        codes[c] |= u32(pair) << 16 * half;
+        const int row = group / 4 * 32 + c / 2 * 8 + group % 4 * 2 + c % 2;
+        shared[value_offset(row, chunk) / 4 + quad] = codes[c];
       }
     }
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
-      const int row = group / 4 * 32 + c / 2 * 8 + group % 4 * 2 + c % 2;
-      shared[value_offset(row, chunk) / 4 + quad] = codes[c];
+#pragma unroll
+      for (int other = 2; other < 32; other *= 2) error[c] += __shfl_xor_sync(~0u, error[c], other);
+      if (lane < 2)
+        atomicAdd(p.value_error + batch_head * HEAD_DIM + 8 * group + c, __float2int_rn(error[c] * kErrorUnits));
     }
+    __syncthreads();
+    uint4* image = reinterpret_cast<uint4*>(p.value_codes + (batch_head * p.key_blocks + block) * KEYS * HEAD_DIM);
+#pragma unroll
+    for (int i = threadIdx.x; i < KEYS * HEAD_DIM / 16; i += kThreads) image[i] = reinterpret_cast<uint4*>(shared)[i];
+    __syncthreads();  // before `shared` is used again
   }
-#pragma unroll
-  for (int c = 0; c < 8; ++c) {
-#pragma unroll
-    for (int other = 2; other < 32; other *= 2) error[c] += __shfl_xor_sync(~0u, error[c], other);
-    if (lane < 2)
-      atomicAdd(p.value_error + batch_head * HEAD_DIM + 8 * group + c, __float2int_rn(error[c] * kErrorUnits));
-  }
-  __syncthreads();
-  uint4* image = reinterpret_cast<uint4*>(p.value_codes + (batch_head * p.key_blocks + block) * KEYS * HEAD_DIM);
-#pragma unroll
-  for (int i = threadIdx.x; i < KEYS * HEAD_DIM / 16; i += kThreads) image[i] = reinterpret_cast<uint4*>(shared)[i];
 }
 
 // ---- statistics ----------------------------------------------------------------------------------------------------
@@ -333,11 +351,7 @@ DEVICE void prepare_keys(const Int8Params& p, int batch, int head, int rank, u32
   gather_statistics<1>(
       source, p.key_strides[2], length, p.head_dim, rank, shared,
       [&](int channel, const float (&total)[1]) { mean[channel] = total[kSum] / float(max(length, 1)); });
-#pragma unroll 1
-  for (int block = p.key_blocks - 1 - rank; block >= 0; block -= kClusterSize) {
-    quantize_key(p, block, batch, head, shared);
-    __syncthreads();  // before `shared` is used again
-  }
+  if (rank < p.key_blocks) quantize_keys(p, p.key_blocks - 1 - rank, batch, head, shared);
   if (!p.lse_shift) return;
   const int query_heads = p.heads / p.kv_heads, blocks = ceil_div(p.query_rows, KEYS);
   for (int i = rank; i < query_heads * blocks; i += kClusterSize)
@@ -357,11 +371,7 @@ DEVICE void prepare_values(const Int8Params& p, int batch, int head, int rank, u
                          p.value_scale[start + channel] = make_scale(largest, 448.f).scale;
                          p.value_error[start + channel] = 0;
                        });
-#pragma unroll 1
-  for (int block = p.key_blocks - 1 - rank; block >= 0; block -= kClusterSize) {
-    quantize_value(p, block, batch, head, shared);
-    __syncthreads();  // before `shared` is used again
-  }
+  if (rank < p.key_blocks) quantize_values(p, p.key_blocks - 1 - rank, batch, head, shared);
 }
 
 // ---- launch --------------------------------------------------------------------------------------------------------
