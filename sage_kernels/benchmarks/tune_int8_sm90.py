@@ -68,6 +68,9 @@ CANDIDATES = (
     Candidate("line4", replace(D64, line=4)),
     Candidate("line0", replace(D64, line=0)),
     Candidate("rows128", replace(D64, warpgroups=2, split=4, park=False), turns=0),
+    Candidate("rows128-shares", replace(D64, warpgroups=2, split=4, park=False)),
+    Candidate("rows128-park-shares", replace(D64, warpgroups=2, split=2)),
+    Candidate("rows128-pingpong-shares", replace(D64, warpgroups=2, split=4, pingpong=True, park=False)),
     Candidate("rows128-pingpong", replace(D64, warpgroups=2, split=4, pingpong=True, park=False), turns=0),
 )
 

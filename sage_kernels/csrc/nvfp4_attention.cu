@@ -194,8 +194,8 @@ __device__ __forceinline__ void consume(const Parameters& p) {
     barrier_wait(pipeline.corrected(), pipeline.phase());
     bool done = attend(StageView{pipeline.stage + fragments, pipeline.stage + fragments / 2, pipeline.stage + delta});
     if (done) {
-      __syncwarp();
-      if (lane == 0) barrier_arrive(pipeline.empty());
+      barrier_arrive(
+          pipeline.empty());  // every lane: racecheck doesn't see what __syncwarp orders before one's arrival
       pipeline.advance();
     } else {
       pipeline.stay();
@@ -228,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_attention(const _
     for (Pipeline pipeline; pipeline.phase() == 0; pipeline.advance()) {
       barrier_init(pipeline.full(), 1);
       barrier_init(pipeline.corrected(), CORRECTION_WARPS * WARP);
-      barrier_init(pipeline.empty(), BLOCKS);
+      barrier_init(pipeline.empty(), BLOCKS * WARP);
     }
     barrier_init_fence();
   }

@@ -43,3 +43,10 @@ extern "C" __global__ void loses_a_conversion(const float* p, unsigned* words, f
   words[threadIdx.x] = word;
   lost[threadIdx.x] = error;
 }
+
+// Reads what other threads write, without waiting for them.
+extern "C" __global__ void races(float* p) {
+  __shared__ volatile float values[128];
+  values[threadIdx.x] = p[threadIdx.x];
+  p[threadIdx.x] = values[127 - threadIdx.x];
+}
