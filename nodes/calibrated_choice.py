@@ -48,7 +48,8 @@ def choose(
         measured = relative_l1(sample(choice.text), expected)
         if measured <= value:
             return choice, measured
-        aim *= 0.95 * value / measured if math.isfinite(measured) else 0.0
+        # From what was predicted for the choice, not from the aim: else the same choice may come again.
+        aim = 0.95 * choice.predicted_error * value / measured if math.isfinite(measured) else 0.0
     return choose_for_error(profile, precision, 0.0), 0.0
 
 

@@ -13,16 +13,14 @@ import asyncio
 import importlib
 import importlib.util
 import json
-import platform
-import subprocess
 import sys
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from result_file import ROOT, add_commit_option, describe
+
 PACK, DEMO = "sage3_pack", "_sage3_demo"
 STEPS, SHIFT, CFG, SAMPLER, SCHEDULER = 20, 8.0, 1.0, "euler", "simple"  # as workflows/sage3_demo.json
 CALIBRATION_CLIP = (1, 3, 0)  # seed, digit, direction
@@ -43,22 +41,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui-root", required=True, type=Path, help="ComfyUI checkout, 0.3.64 or newer")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "calibration.json")
+    add_commit_option(parser)
     options = parser.parse_args()
-    nodes = start_comfyui(options.comfyui_root)
-    rows = measure(nodes)
+    about = describe("calibration_quality.py --comfyui-root DIR", "cpu", options.commit)
+    rows = measure(start_comfyui(options.comfyui_root))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {
-        "machine": platform.processor() or platform.machine(),
-        "gpu": None,
-        "torch": importlib.import_module("torch").__version__,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip(),
-        "date": date.today().isoformat(),
-        "command": "python sage_kernels/benchmarks/calibration_quality.py --comfyui-root DIR",
-        "rows": rows,
-    }
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    options.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     print_table(rows)
 
 

@@ -10,6 +10,7 @@ from sage_kernels.kv_cache.storage import (
     GROUPS,
     HEAD_DIMS,
     KEY_ROTATION,
+    MAX_SPLITS,
     CachedOperand,
     empty_operand,
     signed_hadamard,
@@ -134,7 +135,7 @@ class KVCache:
             scale: softmax scale; 1 / sqrt(D) when None.
             is_causal: the queries are the last Nq tokens: query i doesn't see the Nq - 1 - i tokens at the end.
             return_lse: also return the natural-log LSE, float32 [B, H, Nq].
-            splits: parts that the keys are divided into, each by a program of its own; None: to fill the GPU.
+            splits: parts that the keys are divided into, 1 to 256, each by a program of its own; None: to fill the GPU.
 
         Returns:
             The output in q's shape and dtype, with return_lse a pair (output, lse). Sequences without tokens give 0
@@ -148,8 +149,8 @@ class KVCache:
             raise ValueError(f"q's heads must be a multiple of the cache's {self.kv_heads}, got {q.shape[1]}")
         if is_causal and self.rolling:
             raise ValueError("is_causal needs tokens in their order, which a rolling cache doesn't keep")
-        if splits is not None and splits < 1:
-            raise ValueError(f"splits must be at least 1, got {splits}")
+        if splits is not None and not 1 <= splits <= MAX_SPLITS:
+            raise ValueError(f"splits must be 1 to {MAX_SPLITS}, or None to fill the GPU, got {splits}")
         scale = self.head_dim**-0.5 if scale is None else float(scale)
         output, lse = self._attend(q, scale, is_causal, splits)
         return (output, lse) if return_lse else output

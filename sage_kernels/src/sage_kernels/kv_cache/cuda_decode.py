@@ -10,13 +10,12 @@ from torch import Tensor
 from sage_kernels.architectures import device_architecture
 from sage_kernels.cubin_loader import load_kernel, loading_obstacle
 from sage_kernels.kernel_variants import KV_CACHE_ROWS, kv_cache_variant
-from sage_kernels.kv_cache.storage import CachedOperand
+from sage_kernels.kv_cache.storage import MAX_SPLITS, CachedOperand
 from sage_kernels.launch_plan import LaunchSequence, ParameterTemplate, WorkspaceLayout
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _MOST_ROWS = 64  # that share a key head; beyond, every block of rows would read the cache again
 _LEAST_KEYS = 256  # of a block: two steps of each of its warps
-_MAX_SPLITS = 256
 # Blocks of a multiprocessor by head_dim and rows, as __launch_bounds__ has them; one fewer from _ONE_FEWER on.
 _ONE_FEWER = 12  # major compute capability
 _RESIDENT = {(64, 8): 4, (64, 16): 3, (128, 8): 3, (128, 16): 2}
@@ -127,7 +126,6 @@ def _plan(form: DecodeForm) -> tuple[LaunchSequence, int]:
     resident = _RESIDENT[head_dim, block_rows] - (properties.major >= _ONE_FEWER)
     slots = properties.multi_processor_count * resident
     splits = form.splits or choose_splits(blocks, form.padded_capacity, slots)
-    splits = min(splits, _MAX_SPLITS)
     rows = batch * heads * query_length
     parts = splits if splits > 1 else 0
     layout = WorkspaceLayout(
@@ -161,7 +159,7 @@ def choose_splits(blocks: int, capacity: int, slots: int) -> int:
         capacity: keys of a sequence at most.
         slots: blocks that the GPU runs at a time.
     """
-    most = max(1, min(_MAX_SPLITS, capacity // _LEAST_KEYS, -(-2 * slots // blocks)))
+    most = max(1, min(MAX_SPLITS, capacity // _LEAST_KEYS, -(-2 * slots // blocks)))
 
     choices = range(1, most + 1)
     filled = [blocks * splits / (-(-blocks * splits // slots) * slots) for splits in choices]

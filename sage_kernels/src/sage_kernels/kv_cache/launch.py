@@ -10,12 +10,11 @@ import triton
 from torch import Tensor
 
 from sage_kernels.kv_cache import triton_append, triton_decode
-from sage_kernels.kv_cache.storage import MEAN_TOKENS, TOP_EXPONENT, CachedOperand
+from sage_kernels.kv_cache.storage import MAX_SPLITS, MEAN_TOKENS, TOP_EXPONENT, CachedOperand
 
 _APPEND_BLOCK = 16
 _BEGIN_BLOCK = 64
 _ADVANCE_BLOCK = 32
-_MAX_SPLITS = 256
 _COMBINE_STEP = 16
 # Splits fill the GPU with this many programs a processor where each keeps enough keys to be worth its start and its
 # share of the second launch; where it doesn't, fewer programs do, but not fewer than the second number.
@@ -112,7 +111,6 @@ def attend(
     config = config or (DEFAULT_CONFIG if block_m == 16 else MANY_ROWS_CONFIG)
     if splits is None:
         splits = _choose_splits(batch * kv_heads * row_blocks, capacity, _processors(q.device), config.block_n)
-    splits = max(1, min(splits, _MAX_SPLITS))
     partial_outputs = q.new_empty((splits, *q.shape), dtype=torch.float32)
     partial_lse = q.new_empty((splits, *lse.shape), dtype=torch.float32)
     with _on_device(q.device):
@@ -133,7 +131,7 @@ def attend(
             *(partial_outputs, partial_lse, value.means, value.head_scales, output, lse),
             *(lse.numel(), group_heads, query_length, splits),
             HEAD_DIM=head_dim,
-            MAX_SPLITS=_MAX_SPLITS,
+            MAX_SPLITS=MAX_SPLITS,
             STEP=_COMBINE_STEP,
             num_warps=2,
         )
@@ -142,7 +140,8 @@ def attend(
 
 def _choose_splits(programs: int, capacity: int, processors: int, block_n: int) -> int:
     most, least = (triton.cdiv(each * processors, programs) for each in _PROGRAMS_PER_PROCESSOR)
-    return int(min(most, max(least, triton.cdiv(capacity, _KEYS_PER_SPLIT)), triton.cdiv(capacity, block_n)))
+    wanted = min(most, max(least, triton.cdiv(capacity, _KEYS_PER_SPLIT)), triton.cdiv(capacity, block_n))
+    return int(max(1, min(wanted, MAX_SPLITS)))
 
 
 @lru_cache

@@ -7,6 +7,7 @@ from torch import Tensor
 
 HEAD_DIMS = (64, 128)
 GROUPS = (16, 32, 64)
+MAX_SPLITS = 256  # parts that a call's keys are divided into
 TOKEN_PADDING = 128  # the longest tile that a kernel reads
 MEAN_TOKENS = 16  # a sequence that begins with fewer tokens has nothing subtracted: its mean would be noise
 # Keys are multiplied by this times a matrix of signs, queries by what makes the product one: powers of two, which
