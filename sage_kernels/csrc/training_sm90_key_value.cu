@@ -1,5 +1,5 @@
-// dK and dV of trainable attention in INT8 for sm_90a, all in the transposed form: a thread block keeps 128 keys, two
-// warpgroups 64 each, and walks over blocks of 64 queries that one producer thread copies into a ring.
+// dK and dV of trainable attention in INT8 for sm_90a, all in the transposed form: a thread block keeps 64 keys
+// for each of its warpgroups and walks over blocks of 64 queries that one producer thread copies into a ring.
 //
 // S^T = K Q^T in INT8 and dP^T = V dO^T in 16 bits give P^T and dS^T in registers. Quantised with a scale for each key,
 // they are the left operands of dV += P^T dO and dK += dS^T Q, whose right operands are transposed INT8 tiles.
@@ -15,12 +15,12 @@ constexpr int kRowBytes = kRowFloats * 4;
 // Shared memory: K, V, ring, LSE and delta of the ring, barriers.
 struct Shared {
   u32 base;
-  static constexpr int kValue = kKeyTile * HEAD_DIM;
-  static constexpr int kRing = 3 * kKeyTile * HEAD_DIM;
+  static constexpr int kValue = kWarpgroups * 64 * HEAD_DIM;
+  static constexpr int kRing = 3 * kValue;
   static constexpr int kRows = kRing + STAGES * kStageBytes;
   static constexpr int kBarriers = kRows + STAGES * kRowBytes;
   DEVICE u32 key(int warpgroup) const { return base + warpgroup * 64 * HEAD_DIM; }
-  DEVICE u32 value(int warpgroup) const { return base + kValue + warpgroup * 64 * 128; }  // of the first slab
+  DEVICE u32 value(int warpgroup) const { return base + kValue + warpgroup * 128 * HEAD_DIM; }
   DEVICE u32 query(int stage) const { return base + kRing + stage * kStageBytes; }
   DEVICE u32 d_output(int stage) const { return query(stage) + kTileBytes; }
   DEVICE u32 d_output_transposed(int stage) const { return query(stage) + 3 * kTileBytes; }
@@ -31,12 +31,16 @@ struct Shared {
   DEVICE u32 keys_full() const { return full(2 * STAGES); }
 };
 
-// The query blocks that a thread block walks over: those from the first that sees a key, of all heads that share it.
+// A thread block's keys, 64 for each warpgroup, and the query blocks that it walks over: those from the first that sees
+// a key, of all heads that share it.
 struct Walk {
-  int tile, kv_head, first, blocks, group;
-  DEVICE explicit Walk(const TrainParams& p)
-      : tile(blockIdx.x % p.key_tiles), kv_head(blockIdx.x / p.key_tiles), group(p.heads / p.kv_heads) {
-    first = p.is_causal ? min(tile * (kKeyTile / kQueryTile), p.query_tiles) : 0;
+  int unit, warpgroups, kv_head, first, blocks, group;
+  DEVICE explicit Walk(const TrainParams& p) : group(p.heads / p.kv_heads) {
+    const int units = p.key_tiles * (kKeyTile / 64), per_head = ceil_div(units, kWarpgroups);
+    unit = blockIdx.x % per_head * kWarpgroups;
+    warpgroups = min(kWarpgroups, units - unit);
+    kv_head = blockIdx.x / per_head;
+    first = p.is_causal ? min(unit, p.query_tiles) : 0;
     blocks = p.query_tiles - first;
   }
   DEVICE int head(const TrainParams& p, int member) const { return kv_head * group + member; }
@@ -44,11 +48,16 @@ struct Walk {
 
 DEVICE void produce(const TrainParams& p, const Shared& shared) {
   const Walk walk(p);
-  const i64 key_tile = i64(walk.kv_head) * p.key_tiles + walk.tile;
-  constexpr int kKeyBytes = kKeyTile * HEAD_DIM;
-  mbarrier_arrive_expect_bytes(shared.keys_full(), 3 * kKeyBytes);
-  bulk_load(shared.base, p.key + key_tile * kKeyBytes, kKeyBytes, shared.keys_full());
-  bulk_load(shared.base + Shared::kValue, p.value + key_tile * kKeyBytes, 2 * kKeyBytes, shared.keys_full());
+  const u32 keys_full = shared.keys_full();
+  mbarrier_arrive_expect_bytes(keys_full, walk.warpgroups * 3 * 64 * HEAD_DIM);
+  for (int i = 0; i < walk.warpgroups; ++i) {
+    const int unit = walk.unit + i;
+    const i64 tile = i64(walk.kv_head) * p.key_tiles + unit / 2;
+    bulk_load(shared.key(i), p.key + (2 * tile + unit % 2) * 64 * HEAD_DIM, 64 * HEAD_DIM, keys_full);
+    for (int slab = 0; slab < kSlabs; ++slab)
+      bulk_load(shared.value(i) + slab * 64 * 128, p.value + ((tile * kSlabs + slab) * 2 + unit % 2) * 64 * 64,
+                64 * 128, keys_full);
+  }
   Ring ring;
   for (int member = 0; member < walk.group; ++member) {
     i64 tile = i64(walk.head(p, member)) * p.query_tiles + walk.first;
@@ -147,15 +156,15 @@ struct Consumer {
   DEVICE void issue_next_scores(int stage) { issue_scores(a, shared.key(warpgroup), shared.query(stage)); }
 
   DEVICE void issue_next_weight_gradients(int stage) {
-    issue_weight_gradients(b, shared.value(warpgroup), 128 * 128, shared.d_output(stage), 64 * 128);
+    issue_weight_gradients(b, shared.value(warpgroup), 64 * 128, shared.d_output(stage), 64 * 128);
   }
 
   DEVICE void run() {
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 2; ++i) d_key[i] = d_value[i] = 0.f;
-    const float key_scale = p.key_scales[i64(walk.kv_head) * p.key_tiles + walk.tile];
+    const float key_scale = p.key_scales[i64(walk.kv_head) * p.key_tiles + (walk.unit + warpgroup) / 2];
     key_factor = key_scale * (p.softmax_scale * kLog2E);
-    first_key = walk.tile * kKeyTile + warpgroup * 64;
+    first_key = (walk.unit + warpgroup) * 64;
     thread_key = first_key + threadIdx.x / 32 % 4 * 16 + lane / 4;
     const int turns = walk.blocks * walk.group;
     int block = walk.first;
@@ -166,10 +175,12 @@ struct Consumer {
     issue_next_scores(0);
     issue_next_weight_gradients(0);
     finish_weights(shared.rows(0), block * kQueryTile);
+    const Turns order(warpgroup, !PINGPONG);
     for (int turn = 1; turn <= turns; ++turn) {
       const int stage = ring.stage;
       finish_gradients(shared.rows(stage));
       const u32 d_output = shared.d_output_transposed(stage), query = shared.query_transposed(stage);
+      if (PINGPONG) order.begin();
       issue_product<64>(a, weight_codes, d_output);
 #if HEAD_DIM == 128
       issue_product<64>(b, weight_codes, d_output + 64 * 64);
@@ -177,6 +188,7 @@ struct Consumer {
       add_product<0>(d_value, a, weight_scale);
       issue_product<64>(a, gradient_codes, query);
       wgmma_wait<1>(b);
+      hold(weight_codes);
       add_product<32>(d_value, b, weight_scale);
       issue_product<64>(b, gradient_codes, query + 64 * 64);
       wgmma_wait<1>(a);
@@ -184,16 +196,20 @@ struct Consumer {
 #else
       issue_product<64>(b, gradient_codes, query);
       wgmma_wait<1>(a);
+      hold(weight_codes);
       add_product<0>(d_value, a, weight_scale);
 #endif
       ring.advance<STAGES>();
       if (++block == p.query_tiles) block = walk.first;
       if (turn < turns) mbarrier_wait(shared.full(ring.stage), ring.parity);
       issue_next_scores(ring.stage);
+      if (PINGPONG == 2) order.end();
       wgmma_wait<1>(b);
+      hold(gradient_codes);
       add_product<HEAD_DIM / 2 - 32>(d_key, b, gradient_scale);
       if (lane == 0) mbarrier_arrive(shared.empty(stage));
       issue_next_weight_gradients(ring.stage);
+      if (PINGPONG == 1) order.end();
       finish_weights(shared.rows(ring.stage), block * kQueryTile);
     }
     const i64 at = i64(walk.kv_head) * p.key_length * p.head_dim;
@@ -210,9 +226,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) u8 memory[];
   const Shared shared{shared_address(memory)};
   if (threadIdx.x == 0) {
+    const int warpgroups = Walk(p).warpgroups;
     for (int stage = 0; stage < STAGES; ++stage) {
       mbarrier_init(shared.full(stage), 1);
-      mbarrier_init(shared.empty(stage), 4 * kWarpgroups);  // one arrival a warp
+      mbarrier_init(shared.empty(stage), 4 * warpgroups);  // one arrival a warp
     }
     mbarrier_init(shared.keys_full(), 1);
     mbarrier_init_fence();
@@ -223,6 +240,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) produce(p, shared);
   } else {
     grow_registers<kConsumerRegisters>();
-    Consumer(p, shared).run();
+    Consumer consumer(p, shared);
+    if (consumer.warpgroup < consumer.walk.warpgroups) consumer.run();
   }
 }

@@ -130,6 +130,11 @@ inline int __shfl_xor_sync(u32, int x, int mask) {
 inline float __shfl_xor_sync(u32 all, float x, int mask) {
   return __int_as_float(__shfl_xor_sync(all, __float_as_int(x), mask));
 }
+inline bool __any_sync(u32 all, bool x) {
+  int any = x;
+  for (int mask = 1; mask < 32; mask *= 2) any |= __shfl_xor_sync(all, any, mask);
+  return any;
+}
 inline float load_shared_float(u32 address) {
   float x;
   memcpy(&x, shared_memory + address, 4);
@@ -149,6 +154,15 @@ inline void wgmma_fence(T (&)[kCount]) {}
 template <int kPending, class T, int kCount>
 inline void wgmma_wait(T (&)[kCount]) {}
 inline void wgmma_commit() {}
+#define PINGPONG 0
+#define VOLPACK 0
+template <int kCount>
+inline void hold(u32 (&)[kCount]) {}
+struct Turns {
+  Turns(int, bool) {}
+  void begin() const {}
+  void end() const {}
+};
 
 // Where a byte of an operand's row is: the swizzle exchanges address bits 4.. by bits 7...
 inline u32 operand_address(u64 descriptor, int row, int byte) {

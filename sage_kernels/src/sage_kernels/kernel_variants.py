@@ -238,9 +238,9 @@ def training_sm90_variant(entry: str, head_dim: int, is_bfloat16: bool) -> Kerne
     elif entry == "training_sm90_forward":  # Q; K and V transposed; barriers
         stages = {64: 8, 128: 5}[head_dim]
         shared_bytes = 128 * head_dim + stages * 2 * 128 * head_dim + 8 * (2 * stages + 1)
-    else:  # Q and dO; K, V and K transposed; barriers
+    else:  # Q and dO; K and K transposed; V; barriers
         stages = {64: 4, 128: 2}[head_dim]
-        shared_bytes = 3 * 128 * head_dim + stages * 4 * 128 * head_dim + 8 * (2 * stages + 1)
+        shared_bytes = (3 + 2 * (stages + 1) + 2 * stages) * 128 * head_dim + 8 * (6 * stages + 5)
     return KernelVariant(
         family=entry,
         source=f"{entry}.cu",
