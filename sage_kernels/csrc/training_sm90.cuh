@@ -1,5 +1,6 @@
 // What training_sm90_key_value.cu and training_sm90_query.cu share: their parameter, their wgmma, 8-bit codes in
-// registers. Compile-time: HEAD_DIM 64 | 128, to which the images are padded; BFLOAT16 1 | 0 (float16), of dO and V.
+// registers. Compile-time: HEAD_DIM 64 | 128, to which the images are padded; BFLOAT16 1 | 0 (float16), of dO and V;
+// WARPGROUPS of consumers.
 #pragma once
 #include "sm90.cuh"
 
@@ -27,10 +28,7 @@ struct TrainParams {
 constexpr int kQueryTile = 64, kKeyTile = 128;
 constexpr int kRowFloats =
     132;  // of a query tile: LSE (log2) [64], delta [64], scale of Q, scale of dO, nothing, nothing
-#ifndef WARPGROUPS
-#define WARPGROUPS 2
-#endif
-constexpr int kWarpgroups = WARPGROUPS;  // of consumers
+constexpr int kWarpgroups = WARPGROUPS;  // of consumers, 2 | 3
 constexpr int kThreads = 128 * (kWarpgroups + 1);
 constexpr int kConsumerRegisters = kWarpgroups == 2 ? 240 : 160, kProducerRegisters = kWarpgroups == 2 ? 24 : 32;
 constexpr int kSlabs = HEAD_DIM / 64;  // of 16-bit rows: 64 channels are the 128 bytes that a swizzle spans
@@ -38,13 +36,6 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
 constexpr float kLimit = 127.f;
 constexpr float kSmallest = 4e-37f;  // 127 / x is infinite below
-
-#ifndef PINGPONG
-#define PINGPONG 0
-#endif
-#ifndef VOLPACK
-#define VOLPACK 0
-#endif
 
 struct Ring {
   int stage = 0;
@@ -76,21 +67,6 @@ DEVICE void hold(u32 (&x)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }
-
-// Two warpgroups take turns with the tensor cores, where there are two.
-struct Turns {
-  const u32 barrier, next;
-  const bool alone;
-  DEVICE Turns(int warpgroup, bool alone) : barrier(1 + warpgroup), next(2 - warpgroup), alone(alone) {
-    if (warpgroup == 1) end();
-  }
-  DEVICE void begin() const {
-    if (!alone) named_barrier_sync(barrier, 256);
-  }
-  DEVICE void end() const {
-    if (!alone) named_barrier_arrive(next, 256);
-  }
-};
 
 // ---- wgmma, on registers that hold S, dP and products in turn, as bits ----------------------------------------------
 // multiply_codes: INT8, A and B in shared memory, or A in registers. multiply_16bit: float32 sums, both in shared
@@ -176,11 +152,6 @@ DEVICE int row_maximum(int x) {
 }
 
 DEVICE u32 low_bytes(u32 a, u32 b, u32 c, u32 d) {
-#if VOLPACK
-  u32 x;
-  asm volatile("prmt.b32 %0, %1, %2, 0x5410;" : "=r"(x) : "r"(__byte_perm(a, b, 0x40)), "r"(__byte_perm(c, d, 0x40)));
-  return x;
-#endif
   return __byte_perm(__byte_perm(a, b, 0x40), __byte_perm(c, d, 0x40), 0x5410);
 }
 

@@ -25,9 +25,7 @@ constexpr int kTileBytes = kKeyTile * HEAD_DIM;
 constexpr int kStageBytes = 2 * kTileBytes;
 constexpr int kQueryBytes = kQueryTile * HEAD_DIM;
 constexpr float kLog2Limit = 6.988684686772166f;  // log2(127)
-#ifndef HALFPACK
-#define HALFPACK 1
-#endif
+constexpr float kCodesInUnit = 16777216.f;
 constexpr int kHidden = -(1 << 30);
 
 // Shared memory: Q of each warpgroup, ring, barriers.
@@ -100,7 +98,7 @@ struct Consumer {
     return block * kKeyTile + i / 4 * 8 + lane % 4 * 2 + i % 2 >= limit;
   }
 
-  // Scores to weights up to 127, as floats.
+  // Scores to weights, as floats: codes up to 127 in units of 2^-24.
   DEVICE void weights(int block) {
     const float factor = query_factor * key_scales[block];
     const bool edge = block >= unmasked;
@@ -119,7 +117,7 @@ struct Consumer {
       rescale[r] = exp2_approx(maximum[r] - highest);
       weight_scale[r] = exp2_approx(local - highest - kLog2Limit);
       maximum[r] = highest;
-      const float shift = kLog2Limit - (HALFPACK ? 24.f : 0.f) - local;
+      const float shift = kLog2Limit - 24.f - local;
 #pragma unroll
       for (int i = 2 * r; i < 64; i += 4) {
         scores[i] = __float_as_uint(exp2_approx(fmaf(static_cast<int>(scores[i]), factor, shift)));
@@ -139,25 +137,22 @@ struct Consumer {
         sums[0] += __uint_as_float(scores[i]);
         sums[1] += __uint_as_float(scores[i + 1]);
       }
-      row_sum[r] = row_sum[r] * rescale[r] + (sums[0] + sums[1]) * (weight_scale[r] * (HALFPACK ? 16777216.f : 1.f));
+      row_sum[r] = row_sum[r] * rescale[r] + (sums[0] + sums[1]) * (weight_scale[r] * kCodesInUnit);
     }
   }
 
+  // Bits of float16 denormals are integers.
   DEVICE void pack() {
-#if HALFPACK
 #pragma unroll
     for (int i = 0; i < 64; i += 8) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const u32* x = scores + i + 2 * r;
-        codes[i / 4 + r] = __byte_perm(pack_float16(__uint_as_float(x[0]), __uint_as_float(x[1])),
-                                       pack_float16(__uint_as_float(x[4]), __uint_as_float(x[5])), 0x6420);
+        const u32 low = pack_float16(__uint_as_float(x[0]), __uint_as_float(x[1]));
+        const u32 high = pack_float16(__uint_as_float(x[4]), __uint_as_float(x[5]));
+        codes[i / 4 + r] = __byte_perm(low, high, 0x6420);
       }
     }
-    return;
-#endif
-    const float one[2] = {1.f, 1.f};
-    make_codes(codes, scores, one);
   }
 
   DEVICE void run() {
@@ -178,7 +173,6 @@ struct Consumer {
     wgmma_wait<0>(scores);
     weights(0);
     pack();
-    const Turns turns(warpgroup, !PINGPONG || walk.warpgroups < 2);
     for (int block = 1; block <= walk.blocks; ++block) {
       const int stage = ring.stage;
       ring.advance<STAGES>();
@@ -188,27 +182,17 @@ struct Consumer {
       float fade[2] = {rescale[0], rescale[1]};
       // In the last turn, the next scores are those of memory that nobody reads.
       if (block < walk.blocks) mbarrier_wait(shared.full(ring.stage), ring.parity);
-      if (PINGPONG) turns.begin();
       issue_scores(scores, shared.query(warpgroup), shared.key(ring.stage));
       issue_product<128>(product, codes, shared.value(stage));
-      if (PINGPONG) turns.end();
       wgmma_wait<1>(scores);
       if (block < walk.blocks) weights(block);
       wgmma_wait<0>(product);
       hold(codes);
-#ifndef ALWAYS_FADE
       if (__any_sync(~0u, fade[0] != 1.f || fade[1] != 1.f)) {
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] *= fade[i / 2 % 2];
       }
       add_product<0>(output, product, scale);
-#else
-#pragma unroll
-      for (int i = 0; i < HEAD_DIM / 2; ++i) {
-        const float x = static_cast<float>(static_cast<int>(product[i]));
-        output[i] = fmaf(x, scale[i / 2 % 2], output[i] * fade[i / 2 % 2]);
-      }
-#endif
       if (lane == 0) mbarrier_arrive(shared.empty(stage));
       pack();
     }

@@ -75,6 +75,20 @@ DEVICE void produce(const TrainParams& p, const Shared& shared) {
   }
 }
 
+// Two warpgroups take turns with products, so that they don't wait for the tensor cores at the same time.
+struct Turns {
+  const int warpgroup;
+  DEVICE explicit Turns(int warpgroup) : warpgroup(warpgroup) {
+    if (warpgroup == 1) end();
+  }
+  DEVICE void begin() const {
+    if (kWarpgroups == 2) named_barrier_sync(1 + warpgroup, 256);
+  }
+  DEVICE void end() const {
+    if (kWarpgroups == 2) named_barrier_arrive(2 - warpgroup, 256);
+  }
+};
+
 // One warpgroup's 64 keys.
 struct Consumer {
   const TrainParams& p;
@@ -85,6 +99,7 @@ struct Consumer {
   u32 a[32], b[32];  // S^T, then P^T; dP^T, then dS^T; then products
   u32 weight_codes[8], gradient_codes[8];
   float weight_scale[2], gradient_scale[2];
+  float2 delta[8], scales;  // of Q and of dO
   float key_factor;
   int first_key, thread_key;
   float d_key[HEAD_DIM / 2], d_value[HEAD_DIM / 2];
@@ -92,17 +107,19 @@ struct Consumer {
   DEVICE Consumer(const TrainParams& p, const Shared& shared)
       : p(p), shared(shared), walk(p), warpgroup(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0)), lane(threadIdx.x % 32) {}
 
+  // LSE or delta of the thread's queries: 0 and 1 of each 8.
+  DEVICE void load_rows(float2 (&values)[8], u32 from) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] = load_shared_pair(from + 32 * i + lane % 4 * 8);
+  }
+
   // P^T of 64 queries from S^T.
-  DEVICE void weights(u32 rows, float factor) {
+  DEVICE void weights(const float2 (&lse)[8], float factor) {
 #pragma unroll
-    for (int i = 0; i < 32; i += 4) {
-      const float2 lse = load_shared_pair(rows + 8 * i + lane % 4 * 8);
-#pragma unroll
-      for (int r = 0; r < 4; r += 2) {
-        const float low = static_cast<int>(a[i + r]), high = static_cast<int>(a[i + r + 1]);
-        a[i + r] = __float_as_uint(exp2_approx(fmaf(low, factor, -lse.x)));
-        a[i + r + 1] = __float_as_uint(exp2_approx(fmaf(high, factor, -lse.y)));
-      }
+    for (int i = 0; i < 32; i += 2) {
+      const float low = static_cast<int>(a[i]), high = static_cast<int>(a[i + 1]);
+      a[i] = __float_as_uint(exp2_approx(fmaf(low, factor, -lse[i / 4].x)));
+      a[i + 1] = __float_as_uint(exp2_approx(fmaf(high, factor, -lse[i / 4].y)));
     }
   }
 
@@ -116,41 +133,41 @@ struct Consumer {
   }
 
   // dS^T from dP^T and P^T.
-  DEVICE void score_gradients(u32 rows) {
+  DEVICE void score_gradients() {
 #pragma unroll
-    for (int i = 0; i < 32; i += 4) {
-      const float2 delta = load_shared_pair(rows + 256 + 8 * i + lane % 4 * 8);
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        b[i + e] =
-            __float_as_uint((__uint_as_float(b[i + e]) - (e % 2 ? delta.y : delta.x)) * __uint_as_float(a[i + e]));
+    for (int i = 0; i < 32; ++i) {
+      const float shift = i % 2 ? delta[i / 4].y : delta[i / 4].x;
+      b[i] = __float_as_uint((__uint_as_float(b[i]) - shift) * __uint_as_float(a[i]));
     }
   }
 
-  // From the scores that are on their way to the codes of P^T, while dP^T is. `query` is the block's first.
+  // From the scores that are on their way to P^T, while dP^T is. `query` is the block's first. What comes from shared
+  // memory is read before the waits, which hide how long that takes.
   DEVICE void finish_weights(u32 rows, int query) {
-    const float2 scales = load_shared_pair(rows + 512);
+    float2 lse[8];
+    load_rows(lse, rows);
+    scales = load_shared_pair(rows + 512);
     wgmma_wait<1>(a);
-    weights(rows, key_factor * scales.x);
+    weights(lse, key_factor * scales.x);
     if (p.is_causal && query < first_key + 63) hide(thread_key - query);
-    float inverse[2];
-    scale_weights(a, weight_scale, inverse);
-    make_codes(weight_codes, a, inverse);
-    // NaN where Q or dO was not finite: maxima may pass over it.
-#pragma unroll
-    for (int r = 0; r < 2; ++r) weight_scale[r] *= scales.y + scales.x * 0.f;
+    load_rows(delta, rows + 256);
     wgmma_wait<0>(b);
   }
 
-  // From P^T and dP^T to the codes of dS^T.
-  DEVICE void finish_gradients(u32 rows) {
-    const float2 scales = load_shared_pair(rows + 512);
-    score_gradients(rows);
+  // From P^T and dP^T to the codes of P^T and dS^T, side by side.
+  DEVICE void make_both_codes() {
     float inverse[2];
+    scale_weights(a, weight_scale, inverse);
+    make_codes(weight_codes, a, inverse);
+    score_gradients();
     scale_signed(b, gradient_scale, inverse);
     make_codes(gradient_codes, b, inverse);
+    // NaN where Q or dO was not finite: maxima may pass over it.
 #pragma unroll
-    for (int r = 0; r < 2; ++r) gradient_scale[r] *= scales.x + scales.y * 0.f;
+    for (int r = 0; r < 2; ++r) {
+      weight_scale[r] *= scales.y + scales.x * 0.f;
+      gradient_scale[r] *= scales.x + scales.y * 0.f;
+    }
   }
 
   DEVICE void issue_next_scores(int stage) { issue_scores(a, shared.key(warpgroup), shared.query(stage)); }
@@ -175,12 +192,12 @@ struct Consumer {
     issue_next_scores(0);
     issue_next_weight_gradients(0);
     finish_weights(shared.rows(0), block * kQueryTile);
-    const Turns order(warpgroup, !PINGPONG);
+    const Turns products(warpgroup);
     for (int turn = 1; turn <= turns; ++turn) {
       const int stage = ring.stage;
-      finish_gradients(shared.rows(stage));
+      make_both_codes();
       const u32 d_output = shared.d_output_transposed(stage), query = shared.query_transposed(stage);
-      if (PINGPONG) order.begin();
+      products.begin();
       issue_product<64>(a, weight_codes, d_output);
 #if HEAD_DIM == 128
       issue_product<64>(b, weight_codes, d_output + 64 * 64);
@@ -203,13 +220,12 @@ struct Consumer {
       if (++block == p.query_tiles) block = walk.first;
       if (turn < turns) mbarrier_wait(shared.full(ring.stage), ring.parity);
       issue_next_scores(ring.stage);
-      if (PINGPONG == 2) order.end();
+      products.end();
       wgmma_wait<1>(b);
       hold(gradient_codes);
       add_product<HEAD_DIM / 2 - 32>(d_key, b, gradient_scale);
       if (lane == 0) mbarrier_arrive(shared.empty(stage));
       issue_next_weight_gradients(ring.stage);
-      if (PINGPONG == 1) order.end();
       finish_weights(shared.rows(ring.stage), block * kQueryTile);
     }
     const i64 at = i64(walk.kv_head) * p.key_length * p.head_dim;

@@ -1,34 +1,29 @@
 // dQ of trainable attention in INT8 for sm_90a: a thread block keeps 128 queries, two warpgroups 64 each, and walks
-// over blocks of 128 keys that one producer thread copies into rings.
+// over blocks of 128 keys that one producer thread copies into a ring.
 //
 // S = Q K^T in INT8 and dP = dO V^T in 16 bits give dS in registers. Quantised with a scale for each query, it is the
 // left operand of dQ += dS K, whose right operand is a transposed INT8 tile.
 //
-// Compile-time: as training_sm90.cuh, and STAGES of the ring of V; those of K and of its transpose have one more.
+// Compile-time: as training_sm90.cuh, and STAGES of the ring.
 #include "training_sm90.cuh"
 
 constexpr int kTileBytes = kKeyTile * HEAD_DIM;  // of K and of its transpose; V has twice as many
+constexpr int kStageBytes = 4 * kTileBytes;
 constexpr int kQueryBytes = kQueryTile * HEAD_DIM;
-constexpr int kKeyStages = STAGES + 1;
 
-// Shared memory: Q and dO of each warpgroup; rings of K, of its transpose and of V; barriers.
+// Shared memory: Q and dO of each warpgroup, ring, barriers.
 struct Shared {
   u32 base;
-  static constexpr int kKeys = kWarpgroups * 3 * kQueryBytes;
-  static constexpr int kValues = kKeys + kKeyStages * 2 * kTileBytes;
-  static constexpr int kBarriers = kValues + STAGES * 2 * kTileBytes;
+  static constexpr int kRing = kWarpgroups * 3 * kQueryBytes;
+  static constexpr int kBarriers = kRing + STAGES * kStageBytes;
   DEVICE u32 query(int warpgroup) const { return base + warpgroup * 3 * kQueryBytes; }
   DEVICE u32 d_output(int warpgroup) const { return query(warpgroup) + kQueryBytes; }
-  DEVICE u32 key(int stage) const { return base + kKeys + stage * kTileBytes; }
-  DEVICE u32 key_transposed(int stage) const { return key(kKeyStages + stage); }
-  DEVICE u32 value(int stage) const { return base + kValues + stage * 2 * kTileBytes; }
-  DEVICE u32 key_full(int stage) const { return base + kBarriers + 8 * stage; }
-  DEVICE u32 key_empty(int stage) const { return key_full(kKeyStages + stage); }
-  DEVICE u32 transposed_full(int stage) const { return key_full(2 * kKeyStages + stage); }
-  DEVICE u32 transposed_empty(int stage) const { return key_full(3 * kKeyStages + stage); }
-  DEVICE u32 value_full(int stage) const { return key_full(4 * kKeyStages + stage); }
-  DEVICE u32 value_empty(int stage) const { return value_full(STAGES + stage); }
-  DEVICE u32 queries_full() const { return value_full(2 * STAGES); }
+  DEVICE u32 key(int stage) const { return base + kRing + stage * kStageBytes; }
+  DEVICE u32 value(int stage) const { return key(stage) + kTileBytes; }
+  DEVICE u32 key_transposed(int stage) const { return key(stage) + 3 * kTileBytes; }
+  DEVICE u32 full(int stage) const { return base + kBarriers + 8 * stage; }
+  DEVICE u32 empty(int stage) const { return full(STAGES + stage); }
+  DEVICE u32 queries_full() const { return full(2 * STAGES); }
 };
 
 // What a thread block computes: the longest first where causal, so that no long one is left for the end.
@@ -54,22 +49,16 @@ DEVICE void produce(const TrainParams& p, const Shared& shared, const Walk& walk
     bulk_load(shared.query(i), p.query + (tile + i) * kQueryBytes, kQueryBytes, shared.queries_full());
     bulk_load(shared.d_output(i), p.d_output + (tile + i) * kQueryBytes, 2 * kQueryBytes, shared.queries_full());
   }
-  const auto load = [](u32 destination, const void* source, int bytes, u32 full, u32 empty, u32 parity) {
-    mbarrier_wait(empty, parity ^ 1);
-    mbarrier_arrive_expect_bytes(full, bytes);
-    bulk_load(destination, source, bytes, full);
-  };
-  Ring keys, values;
-  i64 tile_place = i64(walk.kv_head) * p.key_tiles * kTileBytes;
-  for (int block = 0; block < walk.blocks; ++block, tile_place += kTileBytes) {
-    const int k = keys.stage, v = values.stage;
-    load(shared.key(k), p.key + tile_place, kTileBytes, shared.key_full(k), shared.key_empty(k), keys.parity);
-    load(shared.value(v), p.value + tile_place, 2 * kTileBytes, shared.value_full(v), shared.value_empty(v),
-         values.parity);
-    load(shared.key_transposed(k), p.key_transposed + tile_place, kTileBytes, shared.transposed_full(k),
-         shared.transposed_empty(k), keys.parity);
-    keys.advance<kKeyStages>();
-    values.advance<STAGES>();
+  Ring ring;
+  i64 key_tile = i64(walk.kv_head) * p.key_tiles;
+  for (int block = 0; block < walk.blocks; ++block, ++key_tile, ring.advance<STAGES>()) {
+    const int stage = ring.stage;
+    const u32 full = shared.full(stage);
+    mbarrier_wait(shared.empty(stage), ring.parity ^ 1);
+    mbarrier_arrive_expect_bytes(full, kStageBytes);
+    bulk_load(shared.key(stage), p.key + key_tile * kTileBytes, kTileBytes, full);
+    bulk_load(shared.value(stage), p.value + key_tile * kTileBytes, 2 * kTileBytes, full);
+    bulk_load(shared.key_transposed(stage), p.key_transposed + key_tile * kTileBytes, kTileBytes, full);
   }
 }
 
@@ -79,9 +68,9 @@ struct Consumer {
   const Shared& shared;
   const Walk& walk;
   const int warpgroup, lane;
-  Ring keys, transposed, values;  // what comes next
-  u32 scores[64];                 // then P
-  u32 gradients[64];              // dP, then dS
+  Ring ring;
+  u32 scores[64];     // then P
+  u32 gradients[64];  // dP, then dS
   u32 codes[16];
   float d_query[HEAD_DIM / 2];
   float lse[2], delta[2], scale[2];
@@ -105,16 +94,10 @@ struct Consumer {
       if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= limit[i / 2 % 2]) scores[i] = 0;
   }
 
-  DEVICE void release(u32 barrier) {
-    if (lane == 0) mbarrier_arrive(barrier);
-  }
-
   // From the scores that are on their way to P, while dP is.
   DEVICE void finish_weights(int block) {
     const float factor = query_factor * key_scales[block];
     wgmma_wait<1>(scores);
-    release(shared.key_empty(keys.stage));
-    keys.advance<kKeyStages>();
 #pragma unroll
     for (int i = 0; i < 64; ++i)
       scores[i] = __float_as_uint(exp2_approx(fmaf(static_cast<int>(scores[i]), factor, -lse[i / 2 % 2])));
@@ -126,8 +109,6 @@ struct Consumer {
       hide(limit);
     }
     wgmma_wait<0>(gradients);
-    release(shared.value_empty(values.stage));
-    values.advance<STAGES>();
   }
 
   // From P and dP to the codes of dS.
@@ -140,10 +121,10 @@ struct Consumer {
     make_codes(codes, gradients, inverse);
   }
 
-  DEVICE void issue_next_scores() { issue_scores(scores, shared.query(warpgroup), shared.key(keys.stage)); }
+  DEVICE void issue_next_scores(int stage) { issue_scores(scores, shared.query(warpgroup), shared.key(stage)); }
 
-  DEVICE void issue_next_weight_gradients() {
-    issue_weight_gradients(gradients, shared.d_output(warpgroup), 64 * 128, shared.value(values.stage), 128 * 128);
+  DEVICE void issue_next_weight_gradients(int stage) {
+    issue_weight_gradients(gradients, shared.d_output(warpgroup), 64 * 128, shared.value(stage), 128 * 128);
   }
 
   DEVICE void run() {
@@ -165,29 +146,22 @@ struct Consumer {
     mbarrier_wait(shared.queries_full(), 0);
     // No wgmma is on its way where turns meet: the assembler would wait for each one then. In the last turn, the next
     // scores are those of memory that nobody reads.
-    mbarrier_wait(shared.key_full(0), 0);
-    issue_next_scores();
-    mbarrier_wait(shared.value_full(0), 0);
-    issue_next_weight_gradients();
+    mbarrier_wait(shared.full(0), 0);
+    issue_next_scores(0);
+    issue_next_weight_gradients(0);
     finish_weights(0);
-    const Turns turns(warpgroup, !PINGPONG || walk.warpgroups < 2);
     for (int block = 1; block <= walk.blocks; ++block) {
-      const bool more = block < walk.blocks;
+      const int stage = ring.stage;
       finish_gradients();
-      mbarrier_wait(shared.transposed_full(transposed.stage), transposed.parity);
-      if (more) mbarrier_wait(shared.key_full(keys.stage), keys.parity);
-      if (PINGPONG) turns.begin();
-      issue_product<128>(product(), codes, shared.key_transposed(transposed.stage));
-      issue_next_scores();
-      if (PINGPONG == 2) turns.end();
-      if (more) mbarrier_wait(shared.value_full(values.stage), values.parity);
+      issue_product<128>(product(), codes, shared.key_transposed(stage));
+      ring.advance<STAGES>();
+      if (block < walk.blocks) mbarrier_wait(shared.full(ring.stage), ring.parity);
+      issue_next_scores(ring.stage);
       wgmma_wait<1>(product());
       hold(codes);
-      release(shared.transposed_empty(transposed.stage));
-      transposed.advance<kKeyStages>();
       add_product<0>(d_query, product(), scale);
-      issue_next_weight_gradients();
-      if (PINGPONG == 1) turns.end();
+      if (lane == 0) mbarrier_arrive(shared.empty(stage));
+      issue_next_weight_gradients(ring.stage);
       finish_weights(min(block, walk.blocks - 1));
     }
     float factor[2];
@@ -207,15 +181,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) training_sm90_query(co
   const Shared shared{shared_address(memory)};
   const Walk walk(p);
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kKeyStages; ++stage) {
-      mbarrier_init(shared.key_full(stage), 1);
-      mbarrier_init(shared.key_empty(stage), 4 * walk.warpgroups);  // one arrival a warp
-      mbarrier_init(shared.transposed_full(stage), 1);
-      mbarrier_init(shared.transposed_empty(stage), 4 * walk.warpgroups);
-    }
     for (int stage = 0; stage < STAGES; ++stage) {
-      mbarrier_init(shared.value_full(stage), 1);
-      mbarrier_init(shared.value_empty(stage), 4 * walk.warpgroups);
+      mbarrier_init(shared.full(stage), 1);
+      mbarrier_init(shared.empty(stage), 4 * walk.warpgroups);  // one arrival a warp
     }
     mbarrier_init(shared.queries_full(), 1);
     mbarrier_init_fence();

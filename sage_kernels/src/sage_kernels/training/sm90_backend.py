@@ -11,7 +11,12 @@ from torch import Tensor
 
 from sage_kernels.architectures import device_architecture
 from sage_kernels.cubin_loader import LoadedKernel, load_kernel, loading_obstacle
-from sage_kernels.kernel_variants import TRAINING_SM90_ENTRIES, KernelVariant, training_sm90_variant
+from sage_kernels.kernel_variants import (
+    TRAINING_SM90_ENTRIES,
+    TRAINING_SM90_KEYS,
+    KernelVariant,
+    training_sm90_variant,
+)
 from sage_kernels.training.recipe import RECIPES
 from sage_kernels.training.saved import Saved
 from sage_kernels.training.triton_launch import on_device
@@ -162,8 +167,10 @@ def backward(
         softmax_scale=abs(scale),
         query_sign=-1.0 if scale < 0 else 1.0,
     )
-    _, key_value, query = _load(saved.query.shape[2], v.dtype, v.device)
-    key_value.launch((batch * kv_heads * key_tiles, 1, 1), parameters)
+    block_d = saved.query.shape[2]
+    _, key_value, query = _load(block_d, v.dtype, v.device)
+    key_blocks = -(-key_tiles * RECIPES["int8"].key_tile // TRAINING_SM90_KEYS[block_d])
+    key_value.launch((batch * kv_heads * key_blocks, 1, 1), parameters)
     query.launch((batch * heads * -(-query_length // _QUERIES), 1, 1), parameters)
     return d_query, d_key, d_value
 
