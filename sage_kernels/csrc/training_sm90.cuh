@@ -1,5 +1,6 @@
 // What training_sm90_key_value.cu and training_sm90_query.cu share: their parameter, their wgmma, 8-bit codes in
-// registers. Compile-time: HEAD_DIM 64 | 128, to which the images are padded; BFLOAT16 1 | 0 (float16), of dO and V.
+// registers. Compile-time: HEAD_DIM 64 | 128, to which the images are padded; BFLOAT16 1 | 0 (float16), of dO and V;
+// WARPGROUPS of consumers.
 #pragma once
 #include "sm90.cuh"
 
@@ -27,9 +28,9 @@ struct TrainParams {
 constexpr int kQueryTile = 64, kKeyTile = 128;
 constexpr int kRowFloats =
     132;  // of a query tile: LSE (log2) [64], delta [64], scale of Q, scale of dO, nothing, nothing
-constexpr int kWarpgroups = 2;  // of consumers
+constexpr int kWarpgroups = WARPGROUPS;  // of consumers, 2 | 3
 constexpr int kThreads = 128 * (kWarpgroups + 1);
-constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
+constexpr int kConsumerRegisters = kWarpgroups == 2 ? 240 : 160, kProducerRegisters = kWarpgroups == 2 ? 24 : 32;
 constexpr int kSlabs = HEAD_DIM / 64;  // of 16-bit rows: 64 channels are the 128 bytes that a swizzle spans
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
@@ -58,6 +59,13 @@ DEVICE float load_shared_float(u32 address) {
   float x;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address));
   return x;
+}
+
+// Registers that wgmma reads as its left operand: before wgmma_fence they are written, after the wait they may change.
+template <int kCount>
+DEVICE void hold(u32 (&x)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }
 
 // ---- wgmma, on registers that hold S, dP and products in turn, as bits ----------------------------------------------
@@ -123,9 +131,10 @@ DEVICE void issue_weight_gradients(u32 (&sums)[kCount], u32 left, int left_slab,
 }
 
 // Codes times a transposed tile with rows of kTokens bytes.
-template <int kTokens, int kCount>
-DEVICE void issue_product(u32 (&product)[kCount], const u32* codes, u32 right) {
+template <int kTokens, int kCount, int kCodes>
+DEVICE void issue_product(u32 (&product)[kCount], u32 (&codes)[kCodes], u32 right) {
   const u64 b = matrix_descriptor<kTokens>(right);
+  hold(codes);
   wgmma_fence(product);
 #pragma unroll
   for (int step = 0; step < kTokens / 32; ++step) multiply_codes(product, codes + 4 * step, b + 2 * step, step > 0);

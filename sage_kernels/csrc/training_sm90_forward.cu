@@ -25,6 +25,7 @@ constexpr int kTileBytes = kKeyTile * HEAD_DIM;
 constexpr int kStageBytes = 2 * kTileBytes;
 constexpr int kQueryBytes = kQueryTile * HEAD_DIM;
 constexpr float kLog2Limit = 6.988684686772166f;  // log2(127)
+constexpr float kCodesInUnit = 16777216.f;
 constexpr int kHidden = -(1 << 30);
 
 // Shared memory: Q of each warpgroup, ring, barriers.
@@ -97,7 +98,7 @@ struct Consumer {
     return block * kKeyTile + i / 4 * 8 + lane % 4 * 2 + i % 2 >= limit;
   }
 
-  // Scores to weights up to 127, as floats.
+  // Scores to weights, as floats: codes up to 127 in units of 2^-24.
   DEVICE void weights(int block) {
     const float factor = query_factor * key_scales[block];
     const bool edge = block >= unmasked;
@@ -116,7 +117,7 @@ struct Consumer {
       rescale[r] = exp2_approx(maximum[r] - highest);
       weight_scale[r] = exp2_approx(local - highest - kLog2Limit);
       maximum[r] = highest;
-      const float shift = kLog2Limit - local;
+      const float shift = kLog2Limit - 24.f - local;
 #pragma unroll
       for (int i = 2 * r; i < 64; i += 4) {
         scores[i] = __float_as_uint(exp2_approx(fmaf(static_cast<int>(scores[i]), factor, shift)));
@@ -136,13 +137,22 @@ struct Consumer {
         sums[0] += __uint_as_float(scores[i]);
         sums[1] += __uint_as_float(scores[i + 1]);
       }
-      row_sum[r] = row_sum[r] * rescale[r] + (sums[0] + sums[1]) * weight_scale[r];
+      row_sum[r] = row_sum[r] * rescale[r] + (sums[0] + sums[1]) * (weight_scale[r] * kCodesInUnit);
     }
   }
 
+  // Bits of float16 denormals are integers.
   DEVICE void pack() {
-    const float one[2] = {1.f, 1.f};
-    make_codes(codes, scores, one);
+#pragma unroll
+    for (int i = 0; i < 64; i += 8) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const u32* x = scores + i + 2 * r;
+        const u32 low = pack_float16(__uint_as_float(x[0]), __uint_as_float(x[1]));
+        const u32 high = pack_float16(__uint_as_float(x[4]), __uint_as_float(x[5]));
+        codes[i / 4 + r] = __byte_perm(low, high, 0x6420);
+      }
+    }
   }
 
   DEVICE void run() {
@@ -177,11 +187,12 @@ struct Consumer {
       wgmma_wait<1>(scores);
       if (block < walk.blocks) weights(block);
       wgmma_wait<0>(product);
+      hold(codes);
+      if (__any_sync(~0u, fade[0] != 1.f || fade[1] != 1.f)) {
 #pragma unroll
-      for (int i = 0; i < HEAD_DIM / 2; ++i) {
-        const float x = static_cast<float>(static_cast<int>(product[i]));
-        output[i] = fmaf(x, scale[i / 2 % 2], output[i] * fade[i / 2 % 2]);
+        for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] *= fade[i / 2 % 2];
       }
+      add_product<0>(output, product, scale);
       if (lane == 0) mbarrier_arrive(shared.empty(stage));
       pack();
     }

@@ -1,5 +1,5 @@
-// dK and dV of trainable attention in INT8 for sm_90a, all in the transposed form: a thread block keeps 128 keys, two
-// warpgroups 64 each, and walks over blocks of 64 queries that one producer thread copies into a ring.
+// dK and dV of trainable attention in INT8 for sm_90a, all in the transposed form: a thread block keeps 64 keys
+// for each of its warpgroups and walks over blocks of 64 queries that one producer thread copies into a ring.
 //
 // S^T = K Q^T in INT8 and dP^T = V dO^T in 16 bits give P^T and dS^T in registers. Quantised with a scale for each key,
 // they are the left operands of dV += P^T dO and dK += dS^T Q, whose right operands are transposed INT8 tiles.
@@ -15,12 +15,12 @@ constexpr int kRowBytes = kRowFloats * 4;
 // Shared memory: K, V, ring, LSE and delta of the ring, barriers.
 struct Shared {
   u32 base;
-  static constexpr int kValue = kKeyTile * HEAD_DIM;
-  static constexpr int kRing = 3 * kKeyTile * HEAD_DIM;
+  static constexpr int kValue = kWarpgroups * 64 * HEAD_DIM;
+  static constexpr int kRing = 3 * kValue;
   static constexpr int kRows = kRing + STAGES * kStageBytes;
   static constexpr int kBarriers = kRows + STAGES * kRowBytes;
   DEVICE u32 key(int warpgroup) const { return base + warpgroup * 64 * HEAD_DIM; }
-  DEVICE u32 value(int warpgroup) const { return base + kValue + warpgroup * 64 * 128; }  // of the first slab
+  DEVICE u32 value(int warpgroup) const { return base + kValue + warpgroup * 128 * HEAD_DIM; }
   DEVICE u32 query(int stage) const { return base + kRing + stage * kStageBytes; }
   DEVICE u32 d_output(int stage) const { return query(stage) + kTileBytes; }
   DEVICE u32 d_output_transposed(int stage) const { return query(stage) + 3 * kTileBytes; }
@@ -31,12 +31,16 @@ struct Shared {
   DEVICE u32 keys_full() const { return full(2 * STAGES); }
 };
 
-// The query blocks that a thread block walks over: those from the first that sees a key, of all heads that share it.
+// A thread block's keys, 64 for each warpgroup, and the query blocks that it walks over: those from the first that sees
+// a key, of all heads that share it.
 struct Walk {
-  int tile, kv_head, first, blocks, group;
-  DEVICE explicit Walk(const TrainParams& p)
-      : tile(blockIdx.x % p.key_tiles), kv_head(blockIdx.x / p.key_tiles), group(p.heads / p.kv_heads) {
-    first = p.is_causal ? min(tile * (kKeyTile / kQueryTile), p.query_tiles) : 0;
+  int unit, warpgroups, kv_head, first, blocks, group;
+  DEVICE explicit Walk(const TrainParams& p) : group(p.heads / p.kv_heads) {
+    const int units = p.key_tiles * (kKeyTile / 64), per_head = ceil_div(units, kWarpgroups);
+    unit = blockIdx.x % per_head * kWarpgroups;
+    warpgroups = min(kWarpgroups, units - unit);
+    kv_head = blockIdx.x / per_head;
+    first = p.is_causal ? min(unit, p.query_tiles) : 0;
     blocks = p.query_tiles - first;
   }
   DEVICE int head(const TrainParams& p, int member) const { return kv_head * group + member; }
@@ -44,11 +48,16 @@ struct Walk {
 
 DEVICE void produce(const TrainParams& p, const Shared& shared) {
   const Walk walk(p);
-  const i64 key_tile = i64(walk.kv_head) * p.key_tiles + walk.tile;
-  constexpr int kKeyBytes = kKeyTile * HEAD_DIM;
-  mbarrier_arrive_expect_bytes(shared.keys_full(), 3 * kKeyBytes);
-  bulk_load(shared.base, p.key + key_tile * kKeyBytes, kKeyBytes, shared.keys_full());
-  bulk_load(shared.base + Shared::kValue, p.value + key_tile * kKeyBytes, 2 * kKeyBytes, shared.keys_full());
+  const u32 keys_full = shared.keys_full();
+  mbarrier_arrive_expect_bytes(keys_full, walk.warpgroups * 3 * 64 * HEAD_DIM);
+  for (int i = 0; i < walk.warpgroups; ++i) {
+    const int unit = walk.unit + i;
+    const i64 tile = i64(walk.kv_head) * p.key_tiles + unit / 2;
+    bulk_load(shared.key(i), p.key + (2 * tile + unit % 2) * 64 * HEAD_DIM, 64 * HEAD_DIM, keys_full);
+    for (int slab = 0; slab < kSlabs; ++slab)
+      bulk_load(shared.value(i) + slab * 64 * 128, p.value + ((tile * kSlabs + slab) * 2 + unit % 2) * 64 * 64,
+                64 * 128, keys_full);
+  }
   Ring ring;
   for (int member = 0; member < walk.group; ++member) {
     i64 tile = i64(walk.head(p, member)) * p.query_tiles + walk.first;
@@ -66,6 +75,20 @@ DEVICE void produce(const TrainParams& p, const Shared& shared) {
   }
 }
 
+// Two warpgroups take turns with products, so that they don't wait for the tensor cores at the same time.
+struct Turns {
+  const int warpgroup;
+  DEVICE explicit Turns(int warpgroup) : warpgroup(warpgroup) {
+    if (warpgroup == 1) end();
+  }
+  DEVICE void begin() const {
+    if (kWarpgroups == 2) named_barrier_sync(1 + warpgroup, 256);
+  }
+  DEVICE void end() const {
+    if (kWarpgroups == 2) named_barrier_arrive(2 - warpgroup, 256);
+  }
+};
+
 // One warpgroup's 64 keys.
 struct Consumer {
   const TrainParams& p;
@@ -76,6 +99,7 @@ struct Consumer {
   u32 a[32], b[32];  // S^T, then P^T; dP^T, then dS^T; then products
   u32 weight_codes[8], gradient_codes[8];
   float weight_scale[2], gradient_scale[2];
+  float2 delta[8], scales;  // of Q and of dO
   float key_factor;
   int first_key, thread_key;
   float d_key[HEAD_DIM / 2], d_value[HEAD_DIM / 2];
@@ -83,17 +107,19 @@ struct Consumer {
   DEVICE Consumer(const TrainParams& p, const Shared& shared)
       : p(p), shared(shared), walk(p), warpgroup(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0)), lane(threadIdx.x % 32) {}
 
+  // LSE or delta of the thread's queries: 0 and 1 of each 8.
+  DEVICE void load_rows(float2 (&values)[8], u32 from) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] = load_shared_pair(from + 32 * i + lane % 4 * 8);
+  }
+
   // P^T of 64 queries from S^T.
-  DEVICE void weights(u32 rows, float factor) {
+  DEVICE void weights(const float2 (&lse)[8], float factor) {
 #pragma unroll
-    for (int i = 0; i < 32; i += 4) {
-      const float2 lse = load_shared_pair(rows + 8 * i + lane % 4 * 8);
-#pragma unroll
-      for (int r = 0; r < 4; r += 2) {
-        const float low = static_cast<int>(a[i + r]), high = static_cast<int>(a[i + r + 1]);
-        a[i + r] = __float_as_uint(exp2_approx(fmaf(low, factor, -lse.x)));
-        a[i + r + 1] = __float_as_uint(exp2_approx(fmaf(high, factor, -lse.y)));
-      }
+    for (int i = 0; i < 32; i += 2) {
+      const float low = static_cast<int>(a[i]), high = static_cast<int>(a[i + 1]);
+      a[i] = __float_as_uint(exp2_approx(fmaf(low, factor, -lse[i / 4].x)));
+      a[i + 1] = __float_as_uint(exp2_approx(fmaf(high, factor, -lse[i / 4].y)));
     }
   }
 
@@ -107,55 +133,55 @@ struct Consumer {
   }
 
   // dS^T from dP^T and P^T.
-  DEVICE void score_gradients(u32 rows) {
+  DEVICE void score_gradients() {
 #pragma unroll
-    for (int i = 0; i < 32; i += 4) {
-      const float2 delta = load_shared_pair(rows + 256 + 8 * i + lane % 4 * 8);
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        b[i + e] =
-            __float_as_uint((__uint_as_float(b[i + e]) - (e % 2 ? delta.y : delta.x)) * __uint_as_float(a[i + e]));
+    for (int i = 0; i < 32; ++i) {
+      const float shift = i % 2 ? delta[i / 4].y : delta[i / 4].x;
+      b[i] = __float_as_uint((__uint_as_float(b[i]) - shift) * __uint_as_float(a[i]));
     }
   }
 
-  // From the scores that are on their way to the codes of P^T, while dP^T is. `query` is the block's first.
+  // From the scores that are on their way to P^T, while dP^T is. `query` is the block's first. What comes from shared
+  // memory is read before the waits, which hide how long that takes.
   DEVICE void finish_weights(u32 rows, int query) {
-    const float2 scales = load_shared_pair(rows + 512);
+    float2 lse[8];
+    load_rows(lse, rows);
+    scales = load_shared_pair(rows + 512);
     wgmma_wait<1>(a);
-    weights(rows, key_factor * scales.x);
+    weights(lse, key_factor * scales.x);
     if (p.is_causal && query < first_key + 63) hide(thread_key - query);
-    float inverse[2];
-    scale_weights(a, weight_scale, inverse);
-    make_codes(weight_codes, a, inverse);
-    // NaN where Q or dO was not finite: maxima may pass over it.
-#pragma unroll
-    for (int r = 0; r < 2; ++r) weight_scale[r] *= scales.y + scales.x * 0.f;
+    load_rows(delta, rows + 256);
     wgmma_wait<0>(b);
   }
 
-  // From P^T and dP^T to the codes of dS^T.
-  DEVICE void finish_gradients(u32 rows) {
-    const float2 scales = load_shared_pair(rows + 512);
-    score_gradients(rows);
+  // From P^T and dP^T to the codes of P^T and dS^T, side by side.
+  DEVICE void make_both_codes() {
     float inverse[2];
+    scale_weights(a, weight_scale, inverse);
+    make_codes(weight_codes, a, inverse);
+    score_gradients();
     scale_signed(b, gradient_scale, inverse);
     make_codes(gradient_codes, b, inverse);
+    // NaN where Q or dO was not finite: maxima may pass over it.
 #pragma unroll
-    for (int r = 0; r < 2; ++r) gradient_scale[r] *= scales.x + scales.y * 0.f;
+    for (int r = 0; r < 2; ++r) {
+      weight_scale[r] *= scales.y + scales.x * 0.f;
+      gradient_scale[r] *= scales.x + scales.y * 0.f;
+    }
   }
 
   DEVICE void issue_next_scores(int stage) { issue_scores(a, shared.key(warpgroup), shared.query(stage)); }
 
   DEVICE void issue_next_weight_gradients(int stage) {
-    issue_weight_gradients(b, shared.value(warpgroup), 128 * 128, shared.d_output(stage), 64 * 128);
+    issue_weight_gradients(b, shared.value(warpgroup), 64 * 128, shared.d_output(stage), 64 * 128);
   }
 
   DEVICE void run() {
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 2; ++i) d_key[i] = d_value[i] = 0.f;
-    const float key_scale = p.key_scales[i64(walk.kv_head) * p.key_tiles + walk.tile];
+    const float key_scale = p.key_scales[i64(walk.kv_head) * p.key_tiles + (walk.unit + warpgroup) / 2];
     key_factor = key_scale * (p.softmax_scale * kLog2E);
-    first_key = walk.tile * kKeyTile + warpgroup * 64;
+    first_key = (walk.unit + warpgroup) * 64;
     thread_key = first_key + threadIdx.x / 32 % 4 * 16 + lane / 4;
     const int turns = walk.blocks * walk.group;
     int block = walk.first;
@@ -166,10 +192,12 @@ struct Consumer {
     issue_next_scores(0);
     issue_next_weight_gradients(0);
     finish_weights(shared.rows(0), block * kQueryTile);
+    const Turns products(warpgroup);
     for (int turn = 1; turn <= turns; ++turn) {
       const int stage = ring.stage;
-      finish_gradients(shared.rows(stage));
+      make_both_codes();
       const u32 d_output = shared.d_output_transposed(stage), query = shared.query_transposed(stage);
+      products.begin();
       issue_product<64>(a, weight_codes, d_output);
 #if HEAD_DIM == 128
       issue_product<64>(b, weight_codes, d_output + 64 * 64);
@@ -177,6 +205,7 @@ struct Consumer {
       add_product<0>(d_value, a, weight_scale);
       issue_product<64>(a, gradient_codes, query);
       wgmma_wait<1>(b);
+      hold(weight_codes);
       add_product<32>(d_value, b, weight_scale);
       issue_product<64>(b, gradient_codes, query + 64 * 64);
       wgmma_wait<1>(a);
@@ -184,13 +213,16 @@ struct Consumer {
 #else
       issue_product<64>(b, gradient_codes, query);
       wgmma_wait<1>(a);
+      hold(weight_codes);
       add_product<0>(d_value, a, weight_scale);
 #endif
       ring.advance<STAGES>();
       if (++block == p.query_tiles) block = walk.first;
       if (turn < turns) mbarrier_wait(shared.full(ring.stage), ring.parity);
       issue_next_scores(ring.stage);
+      products.end();
       wgmma_wait<1>(b);
+      hold(gradient_codes);
       add_product<HEAD_DIM / 2 - 32>(d_key, b, gradient_scale);
       if (lane == 0) mbarrier_arrive(shared.empty(stage));
       issue_next_weight_gradients(ring.stage);
@@ -210,9 +242,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) u8 memory[];
   const Shared shared{shared_address(memory)};
   if (threadIdx.x == 0) {
+    const int warpgroups = Walk(p).warpgroups;
     for (int stage = 0; stage < STAGES; ++stage) {
       mbarrier_init(shared.full(stage), 1);
-      mbarrier_init(shared.empty(stage), 4 * kWarpgroups);  // one arrival a warp
+      mbarrier_init(shared.empty(stage), 4 * warpgroups);  // one arrival a warp
     }
     mbarrier_init(shared.keys_full(), 1);
     mbarrier_init_fence();
@@ -223,6 +256,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) produce(p, shared);
   } else {
     grow_registers<kConsumerRegisters>();
-    Consumer(p, shared).run();
+    Consumer consumer(p, shared);
+    if (consumer.warpgroup < consumer.walk.warpgroups) consumer.run();
   }
 }

@@ -158,6 +158,7 @@ struct Consumer {
       if (block < walk.blocks) mbarrier_wait(shared.full(ring.stage), ring.parity);
       issue_next_scores(ring.stage);
       wgmma_wait<1>(product());
+      hold(codes);
       add_product<0>(d_query, product(), scale);
       if (lane == 0) mbarrier_arrive(shared.empty(stage));
       issue_next_weight_gradients(ring.stage);

@@ -3,6 +3,8 @@
 Run by tests/test_training_triton.py, with TRITON_INTERPRET=1.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -41,12 +43,21 @@ def test_images_are_tiles_as_wgmma_reads_them(head_dim, monkeypatch):
     q, k, v, d_output = make_tensors(1, 2, 1, 150, 200, head_dim, torch.bfloat16)
     output = torch.empty_like(q)
     saved = triton_backend.forward(q, k, v, output, False, 0.1, "int8")
-    images = sm90_backend.make_images(d_output, v, output, saved)
+    value_codes = []
+    monkeypatch.setattr(sm90_backend, "serves", lambda *call: True)
+    monkeypatch.setattr(sm90_backend, "attend", lambda saved, *call: value_codes.append(call[0]))
+    tiles = triton_backend.forward(q, k, v, output, False, 0.1, "int8")
+    images = sm90_backend.make_images(d_output, v, output, replace(tiles, lse=saved.lse))
+    images |= {name: getattr(tiles, name) for name in ("query", "key", "key_transposed")}
+    (images["value_codes"],) = value_codes
     block_d = saved.query.shape[2]
     query, key = saved.query.view(2, -1, 64, block_d), saved.key.view(1, -1, 128, block_d)
     query_tiles, key_tiles = query.shape[1], key.shape[1]
     d_out = torch.nn.functional.pad(d_output.float(), (0, block_d - head_dim, 0, 64 * query_tiles - 150))
     d_out = d_out.view(2, query_tiles, 64, block_d)
+    values = torch.nn.functional.pad(v.float(), (0, block_d - head_dim, 0, 128 * key_tiles - 200))
+    values = values.view(1, key_tiles, 128, block_d)
+    value_scales = values.abs().amax((2, 3), keepdim=True) / 127
     scales = d_out.abs().amax((2, 3)) / 127
     codes = (d_out / scales[:, :, None, None]).round().to(torch.int8)
     expected = {
@@ -56,6 +67,7 @@ def test_images_are_tiles_as_wgmma_reads_them(head_dim, monkeypatch):
         "d_output_transposed": swizzled(transposed(codes)),
         "key": swizzled(key),
         "key_transposed": swizzled(saved.key_transposed.view(1, -1, block_d, 128)),
+        "value_codes": swizzled(transposed((values / value_scales).round().to(torch.int8))),
         "value": swizzled(slabs(v, block_d, 128, key_tiles)),
     }
     for name, wanted in expected.items():

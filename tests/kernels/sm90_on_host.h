@@ -30,13 +30,17 @@ struct Dim {
 struct float2 {
   float x, y;
 };
+struct float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static thread_local Dim threadIdx;
 static Dim blockIdx;
-constexpr int kConsumers = 256;  // threads, behind the 128 of the producer, of which the first alone works
 alignas(1024) static u8 shared_memory[227 << 10];
-static pthread_barrier_t all_threads, warpgroup_threads[2], warp_threads[8];
+static pthread_barrier_t all_threads, warpgroup_threads[4], warp_threads[16];
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+inline void __syncwarp() {}
 inline void __syncthreads() { pthread_barrier_wait(&all_threads); }
 inline u32 shared_address(const void*) { return 0; }
 
@@ -74,6 +78,25 @@ inline void mbarrier_wait(u32 address, u32 parity) {
 inline void bulk_load(u32 destination, const void* source, u32 bytes, u32 barrier) {
   memcpy(shared_memory + destination, source, bytes);
   update_barrier(barrier, 0, -int(bytes));
+}
+
+static struct {
+  unsigned arrived, phase;
+} named_barriers[16];
+
+inline unsigned named_barrier_arrive(u32 id, u32 threads) {
+  std::lock_guard<std::mutex> lock(mutex);
+  auto& barrier = named_barriers[id];
+  const unsigned phase = barrier.phase;
+  if (++barrier.arrived == threads) barrier.arrived = 0, ++barrier.phase;
+  return phase;
+}
+inline void named_barrier_sync(u32 id, u32 threads) {
+  const unsigned phase = named_barrier_arrive(id, threads);
+  for (;; usleep(20)) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (named_barriers[id].phase != phase) return;
+  }
 }
 
 template <int kRegisters>
@@ -118,9 +141,9 @@ inline u32 pack_float16(float low, float high) {
 }
 
 inline int __shfl_sync(u32, int x, int) { return x; }  // of what a warp agrees on
-static u32 exchanged[8][32];
+static u32 exchanged[16][32];
 inline int __shfl_xor_sync(u32, int x, int mask) {
-  const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   exchanged[warp][lane] = x;
   pthread_barrier_wait(&warp_threads[warp]);
   const int y = exchanged[warp][lane ^ mask];
@@ -130,11 +153,22 @@ inline int __shfl_xor_sync(u32, int x, int mask) {
 inline float __shfl_xor_sync(u32 all, float x, int mask) {
   return __int_as_float(__shfl_xor_sync(all, __float_as_int(x), mask));
 }
+inline bool __any_sync(u32 all, bool x) {
+  int any = x;
+  for (int mask = 1; mask < 32; mask *= 2) any |= __shfl_xor_sync(all, any, mask);
+  return any;
+}
 inline float load_shared_float(u32 address) {
   float x;
   memcpy(&x, shared_memory + address, 4);
   return x;
 }
+inline float4 load_shared(u32 address) {
+  float4 x;
+  memcpy(&x, shared_memory + address, 16);
+  return x;
+}
+inline void store_shared(u32 address, float4 x) { memcpy(shared_memory + address, &x, 16); }
 inline float2 load_shared_pair(u32 address) { return {load_shared_float(address), load_shared_float(address + 4)}; }
 
 // ---- wgmma ---------------------------------------------------------------------------------------------------------
@@ -149,6 +183,8 @@ inline void wgmma_fence(T (&)[kCount]) {}
 template <int kPending, class T, int kCount>
 inline void wgmma_wait(T (&)[kCount]) {}
 inline void wgmma_commit() {}
+template <int kCount>
+inline void hold(u32 (&)[kCount]) {}
 
 // Where a byte of an operand's row is: the swizzle exchanges address bits 4.. by bits 7...
 inline u32 operand_address(u64 descriptor, int row, int byte) {
@@ -193,10 +229,10 @@ inline void multiply_16bit(u32 (&d)[kCount], u64 a, u64 b, bool accumulates) {
   }
 }
 
-static signed char register_operand[2][64][32];
+static signed char register_operand[4][64][32];
 template <int kCount>
 inline void multiply_codes(u32 (&d)[kCount], const u32* a, u64 b, bool accumulates) {
-  const int warpgroup = threadIdx.x / 128 - 1;
+  const int warpgroup = threadIdx.x / 128;
   auto& rows = register_operand[warpgroup];
   for (int j = 0; j < 4; ++j) memcpy(&rows[fragment_row(2 * j)][j / 2 * 16 + threadIdx.x % 4 * 4], &a[j], 4);
   pthread_barrier_wait(&warpgroup_threads[warpgroup]);
@@ -210,16 +246,19 @@ inline void multiply_codes(u32 (&d)[kCount], const u32* a, u64 b, bool accumulat
 
 // ---- launch --------------------------------------------------------------------------------------------------------
 
+// Where there is a warpgroup of producers, it is the first, and its first thread alone works.
 template <class Parameters>
-inline void launch_on_host(void (*kernel)(Parameters), const Parameters& p, int blocks) {
-  pthread_barrier_init(&all_threads, nullptr, kConsumers + 1);
+inline void launch_on_host(void (*kernel)(Parameters), const Parameters& p, int blocks, int thread_count,
+                           bool has_producers) {
+  pthread_barrier_init(&all_threads, nullptr, has_producers ? thread_count - 127 : thread_count);
   for (auto& barrier : warpgroup_threads) pthread_barrier_init(&barrier, nullptr, 128);
   for (auto& barrier : warp_threads) pthread_barrier_init(&barrier, nullptr, 32);
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
     memset(shared_memory, 0x7f, sizeof shared_memory);
     std::vector<std::thread> threads;
-    for (int i = 0; i < 128 + kConsumers; ++i)
-      if (i == 0 || i >= 128)
+    memset(named_barriers, 0, sizeof named_barriers);
+    for (int i = 0; i < thread_count; ++i)
+      if (i == 0 || i >= 128 || !has_producers)
         threads.emplace_back([=, &p] {
           threadIdx.x = i;
           kernel(p);

@@ -30,7 +30,8 @@ class HostKernel:
         assert memory in source
         parameters = re.search(r"__grid_constant__ (\w+) p\)", source)[1]
         source = source.replace(memory, "u8* memory = shared_memory;")
-        call = f"launch_on_host<{parameters}>({variant.entry}, *p, blocks);"
+        has_producers = int("shrink_registers" in source)
+        call = f"launch_on_host<{parameters}>({variant.entry}, *p, blocks, {variant.threads}, {has_producers});"
         source += f'extern "C" void launch(const {parameters}* p, int blocks) {{ {call} }}'
         path = Path(folder) / f"{variant.name}.cpp"
         path.write_text(source)

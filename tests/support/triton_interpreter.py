@@ -10,7 +10,7 @@ _BITS = {"bf16": (torch.int16, np.uint16), "fp8e4nv": (torch.uint8, np.uint8)}
 
 
 def round_as_gpus_do(monkeypatch):
-    """Give the interpreter the rounding of GPUs, nearest with ties to even.
+    """Give the interpreter the rounding of GPUs, nearest with ties to even, and once for fma.
 
     Its own drops the carry out of the mantissa (1.96875 becomes 1.0 in E4M3) and rounds ties up (Triton 3.9).
     """
@@ -26,6 +26,12 @@ def round_as_gpus_do(monkeypatch):
         return rounded.view(torch_bits).numpy().view(numpy_bits)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert_float)
+
+    def fma(self, x, y, z):
+        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return interpreter.TensorHandle(exact.astype(x.data.dtype), z.dtype)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
 
 
 def multiply_bfloat16(monkeypatch):

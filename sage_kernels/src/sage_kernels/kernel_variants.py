@@ -227,14 +227,17 @@ def _kv_cache() -> tuple[KernelVariant, ...]:
 
 TRAINING_SM90_HEAD_DIMS = (64, 128)
 TRAINING_SM90_ENTRIES = ("training_sm90_forward", "training_sm90_key_value", "training_sm90_query")
+TRAINING_SM90_KEYS = {64: 192, 128: 128}  # of a thread block of dK and dV, 64 for each warpgroup
 
 
 @lru_cache
 def training_sm90_variant(entry: str, head_dim: int, is_bfloat16: bool) -> KernelVariant:
     """Trainable attention in INT8 on wgmma: the forward pass, or dK and dV, or dQ, as `entry` says."""
+    warpgroups = 2
     if entry == "training_sm90_key_value":  # K and V; Q, dO and their transposes; LSE, delta and scales; barriers
-        stages = {64: 8, 128: 4}[head_dim]
-        shared_bytes = 3 * 128 * head_dim + stages * (5 * 64 * head_dim + 4 * 132) + 8 * (2 * stages + 1)
+        keys, stages = TRAINING_SM90_KEYS[head_dim], {64: 8, 128: 4}[head_dim]
+        warpgroups = keys // 64
+        shared_bytes = 3 * keys * head_dim + stages * (5 * 64 * head_dim + 4 * 132) + 8 * (2 * stages + 1)
     elif entry == "training_sm90_forward":  # Q; K and V transposed; barriers
         stages = {64: 8, 128: 5}[head_dim]
         shared_bytes = 128 * head_dim + stages * 2 * 128 * head_dim + 8 * (2 * stages + 1)
@@ -245,12 +248,17 @@ def training_sm90_variant(entry: str, head_dim: int, is_bfloat16: bool) -> Kerne
         family=entry,
         source=f"{entry}.cu",
         entry=entry,
-        defines=(("HEAD_DIM", head_dim), ("BFLOAT16", int(is_bfloat16)), ("STAGES", stages)),
+        defines=(
+            ("HEAD_DIM", head_dim),
+            ("BFLOAT16", int(is_bfloat16)),
+            ("STAGES", stages),
+            ("WARPGROUPS", warpgroups),
+        ),
         head_dim=head_dim,
         causal=False,
         mask="none",
         dtype="bfloat16" if is_bfloat16 else "float16",
-        threads=384,
+        threads=128 * (warpgroups + 1),
         shared_bytes=shared_bytes,
         archs=("sm_90a",),
     )

@@ -9,6 +9,9 @@ from torch import Tensor
 class Saved:
     """What the forward pass leaves to the backward pass besides V and O. Padding is zero; block_d is D rounded up.
 
+    For the kernels of sm90_backend, query, key and key_transposed hold tiles of query_tile or key_tile tokens whose
+    rows are swizzled by triton_kernels.numbers.store_tile.
+
     Attributes:
         lse: float32 [B * H, Mq], of log2, without the mean key's part; infinite in rows of padding.
         query, key: codes [B * H, Mq, block_d] and [B * Hkv, Mk, block_d], K without its mean over the tokens.

@@ -1,6 +1,6 @@
 """The kernels that multiply, in CUDA for sm_90a: csrc/training_sm90_forward.cu, _key_value.cu and _query.cu.
 
-Triton's kernels quantise, and lay codes out as tiles that one copy brings to shared memory.
+Triton's kernels quantise to tiles that one copy brings to shared memory as the tensor cores read them.
 """
 
 import ctypes
@@ -11,7 +11,12 @@ from torch import Tensor
 
 from sage_kernels.architectures import device_architecture
 from sage_kernels.cubin_loader import LoadedKernel, load_kernel, loading_obstacle
-from sage_kernels.kernel_variants import TRAINING_SM90_ENTRIES, KernelVariant, training_sm90_variant
+from sage_kernels.kernel_variants import (
+    TRAINING_SM90_ENTRIES,
+    TRAINING_SM90_KEYS,
+    KernelVariant,
+    training_sm90_variant,
+)
 from sage_kernels.training.recipe import RECIPES
 from sage_kernels.training.saved import Saved
 from sage_kernels.training.triton_launch import on_device
@@ -71,23 +76,19 @@ def attend(
     is_causal: bool,
     scale: float,
 ) -> None:
-    """Fill `output` [B, H, Nq, D] (last axis contiguous) and saved.lse from codes; value_codes are transposed tiles."""
-    from sage_kernels.training.triton_kernels import images  # noqa: PLC0415 Triton is imported by the first call
-
-    recipe = RECIPES["int8"]
+    """Fill `output` [B, H, Nq, D] (last axis contiguous) and saved.lse from swizzled tiles; value_codes transposed."""
+    if output.data_ptr() % 4 or any(stride % 2 for stride in output.stride()[:3]):  # the kernel stores pairs
+        aligned = torch.empty_like(output, memory_format=torch.contiguous_format)
+        attend(saved, value_codes, value_scales, aligned, key_length, is_causal, scale)
+        output.copy_(aligned)
+        return
     batch, heads, query_length, head_dim = output.shape
     block_d = saved.query.shape[2]
     query_tiles, key_tiles = saved.query_scales.shape[1], saved.key_scales.shape[1]
-    query, key, value = (torch.empty_like(x) for x in (saved.query, saved.key, value_codes))
-    key_programs = saved.key_scales.numel()
-    with on_device(output.device):
-        images.copy_tiles[(saved.query_scales.numel(),)](saved.query, query, recipe.query_tile, block_d)
-        images.copy_tiles[(key_programs,)](saved.key, key, recipe.key_tile, block_d)
-        images.copy_tiles[(key_programs,)](value_codes, value, block_d, recipe.key_tile)
     parameters = _ForwardParameters(
-        query=query.data_ptr(),
-        key=key.data_ptr(),
-        value_transposed=value.data_ptr(),
+        query=saved.query.data_ptr(),
+        key=saved.key.data_ptr(),
+        value_transposed=value_codes.data_ptr(),
         query_scales=saved.query_scales.data_ptr(),
         key_scales=saved.key_scales.data_ptr(),
         value_scales=value_scales.data_ptr(),
@@ -109,25 +110,22 @@ def attend(
 
 
 def make_images(d_output: Tensor, v: Tensor, output: Tensor, saved: Saved) -> dict[str, Tensor]:
-    """Tiles for the kernels, by the names of their parameters."""
+    """Tiles that the backward kernels need besides `saved`, by the names of their parameters."""
     from sage_kernels.training.triton_kernels import images  # noqa: PLC0415 Triton is imported by the first call
 
     recipe = RECIPES["int8"]
     batch, heads, query_length, head_dim = output.shape
     kv_heads, key_length = v.shape[1:3]
     query_tiles, key_tiles = saved.query_scales.shape[1], saved.key_scales.shape[1]
-    names = ("query", "query_transposed", "d_output_transposed")
-    result = {name: torch.empty_like(saved.query) for name in names}
-    result |= {name: torch.empty_like(saved.key) for name in ("key", "key_transposed")}
+    result = {name: torch.empty_like(saved.query) for name in ("query_transposed", "d_output_transposed")}
     result["d_output"] = torch.empty_like(saved.query, dtype=d_output.dtype)
     result["value"] = torch.empty_like(saved.key, dtype=v.dtype)
     result["rows"] = saved.lse.new_empty((batch * heads * query_tiles, images.ROW_FLOATS.value))
     query_programs = batch * heads * query_tiles
     with on_device(v.device):
         images.prepare_images[(query_programs + batch * kv_heads * key_tiles,)](
-            d_output, output, v, saved.query, saved.query_scales, saved.key, saved.key_transposed, saved.lse,
-            result["query"], result["query_transposed"], result["d_output"], result["d_output_transposed"],
-            result["rows"], result["key"], result["key_transposed"], result["value"],
+            d_output, output, v, saved.query, saved.query_scales, saved.lse, result["query_transposed"],
+            result["d_output"], result["d_output_transposed"], result["rows"], result["value"],
             *d_output.stride(), *output.stride(), *v.stride(),
             heads, kv_heads, query_length, key_length, query_tiles, key_tiles, query_programs,
             HEAD_DIM=head_dim, BLOCK_D=saved.query.shape[2], QUERY_TILE=recipe.query_tile, KEY_TILE=recipe.key_tile,
@@ -147,6 +145,9 @@ def backward(
     d_key, d_value = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for _ in range(2))
     tensors = make_images(d_output, v, output, saved)
     tensors |= {
+        "query": saved.query,
+        "key": saved.key,
+        "key_transposed": saved.key_transposed,
         "key_scales": saved.key_scales,
         "channel_scales": saved.channel_scales,
         "d_query": d_query,
@@ -166,8 +167,10 @@ def backward(
         softmax_scale=abs(scale),
         query_sign=-1.0 if scale < 0 else 1.0,
     )
-    _, key_value, query = _load(saved.query.shape[2], v.dtype, v.device)
-    key_value.launch((batch * kv_heads * key_tiles, 1, 1), parameters)
+    block_d = saved.query.shape[2]
+    _, key_value, query = _load(block_d, v.dtype, v.device)
+    key_blocks = -(-key_tiles * RECIPES["int8"].key_tile // TRAINING_SM90_KEYS[block_d])
+    key_value.launch((batch * kv_heads * key_blocks, 1, 1), parameters)
     query.launch((batch * heads * -(-query_length // _QUERIES), 1, 1), parameters)
     return d_query, d_key, d_value
 

@@ -82,9 +82,9 @@ def forward(
             *q.stride(), *k.stride(), *v.stride(), heads, kv_heads, query_length, key_length,
             query_tiles, key_tiles, query_programs, _sign(scale),
             HEAD_DIM=head_dim, BLOCK_D=block_d, QUERY_TILE=recipe.query_tile, KEY_TILE=recipe.key_tile, CHUNKS=_CHUNKS,
-            FP8=fp8, num_warps=8,
+            FP8=fp8, SWIZZLED=in_cuda, num_warps=8,
         )  # fmt: skip
-        if in_cuda and output.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in output.stride()[:3]):
+        if in_cuda:
             sm90_backend.attend(saved, value_codes, value_scales, output, key_length, is_causal, scale)
             return saved
         blocks = -(-query_length // config.forward.block_m)

@@ -1,47 +1,23 @@
 """What the backward kernels for sm_90a read: tiles in the order in which Hopper's tensor cores find them in memory.
 
 Rows of 64 or 128 bytes, their chunks of 16 bytes swizzled, so that a tile is one contiguous copy to shared memory.
-Shapes and order are those of csrc/training_sm90.cuh.
+Shapes and order are those of csrc/training_sm90.cuh; codes of Q and K are such tiles since the forward pass.
 """
 
 import triton
 import triton.language as tl
 
-from sage_kernels.training.triton_kernels.numbers import load_rows, permuted, quantize_tile
+from sage_kernels.training.triton_kernels.numbers import load_rows, permuted, quantize_tile, store_tile, swizzled
 
 ROW_FLOATS = tl.constexpr(132)  # LSE and delta of 64 queries, the scales of Q and of dO, two unused
 
 
 @triton.jit
-def _place(rows, chunks, ROW_BYTES: tl.constexpr):
-    """Byte at which each chunk of 16 bytes of a row starts."""
-    key = rows % 8 if ROW_BYTES == 128 else rows // 2 % 4
-    return rows * ROW_BYTES + (chunks ^ key) * 16
-
-
-@triton.jit
-def _copy_codes(source, image, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr):
-    """[ROWS, ROW_BYTES] codes."""
-    rows, chunks = tl.arange(0, ROWS)[:, None, None], tl.arange(0, ROW_BYTES // 16)[None, :, None]
-    lanes = tl.arange(0, 16)[None, None, :]
-    codes = tl.load(source + rows * ROW_BYTES + chunks * 16 + lanes)
-    tl.store(image + _place(rows, chunks, ROW_BYTES) + lanes, codes)
-
-
-@triton.jit
-def copy_tiles(source, image, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr):
-    """One tile [ROWS, ROW_BYTES] of codes."""
-    place = tl.program_id(0).to(tl.int64) * (ROWS * ROW_BYTES)
-    _copy_codes(source + place, image + place, ROWS, ROW_BYTES)
-
-
-@triton.jit
-def _store_transposed(codes, image, TILE: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Codes [TILE, BLOCK_D], whose rows were loaded in the order of permuted(), as [BLOCK_D, TILE]."""
-    rows, chunks = tl.arange(0, BLOCK_D)[:, None, None], tl.arange(0, TILE // 16)[None, :, None]
-    lanes = tl.arange(0, 16)[None, None, :]
-    codes = tl.reshape(tl.trans(codes), [BLOCK_D, TILE // 16, 16])
-    tl.store(image + _place(rows, chunks, TILE) + lanes, codes)
+def _load_tile(image, rows, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr):
+    """Codes [ROWS, ROW_BYTES] of a tile in the order of `rows`."""
+    chunks, lanes = tl.arange(0, ROW_BYTES // 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+    codes = tl.load(image + swizzled(rows[:, None, None], chunks, ROW_BYTES) + lanes)
+    return tl.reshape(codes, [ROWS, ROW_BYTES])
 
 
 @triton.jit
@@ -62,7 +38,7 @@ def _copy_16bit(
     columns = chunks * 8 + lanes
     offsets = (first + rows).to(tl.int64) * row_stride + columns.to(tl.int64) * column_stride
     values = tl.load(source + offsets, mask=(first + rows < length) & (columns < HEAD_DIM), other=0.0)
-    tl.store(image + chunks // 8 * (TILE * 64) + _place(rows, chunks % 8, 128) // 2 + lanes, values)
+    tl.store(image + chunks // 8 * (TILE * 64) + swizzled(rows, chunks % 8, 128) // 2 + lanes, values)
 
 
 _SIZES = ["heads", "kv_heads", "query_length", "key_length", "query_tiles", "key_tiles", "query_programs"]
@@ -73,18 +49,13 @@ def prepare_images(
     d_output,
     output,
     value,
-    query_codes,
+    query,
     query_scales,
-    key_codes,
-    key_codes_transposed,
     lse,
-    query_image,
     query_transposed,
     d_output_image,
     d_output_transposed,
     row_image,
-    key_image,
-    key_transposed,
     value_image,
     d_output_batch_stride,
     d_output_head_stride,
@@ -110,7 +81,7 @@ def prepare_images(
     QUERY_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
 ):
-    """One tile of dO, O and Q (the first query_programs), or one of K and V; as quantize.prepare_backward."""
+    """One tile of dO, O and Q (the first query_programs), or one of V; as quantize.prepare_backward."""
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK_D)
     if program < query_programs:
@@ -135,10 +106,9 @@ def prepare_images(
         tl.store(row_image + 2 * QUERY_TILE + one, tl.load(query_scales + index + one))
         tl.store(row_image + 2 * QUERY_TILE + 1 + one, scale)
         base = index * (QUERY_TILE * BLOCK_D)
-        _store_transposed(codes, d_output_transposed + base, QUERY_TILE, BLOCK_D)
-        q = tl.load(query_codes + base + lanes[:, None] * BLOCK_D + columns[None, :])
-        _store_transposed(q, query_transposed + base, QUERY_TILE, BLOCK_D)
-        _copy_codes(query_codes + base, query_image + base, QUERY_TILE, BLOCK_D)
+        store_tile(tl.trans(codes), d_output_transposed + base, BLOCK_D, QUERY_TILE, True)
+        q = _load_tile(query + base, lanes, QUERY_TILE, BLOCK_D)
+        store_tile(tl.trans(q), query_transposed + base, BLOCK_D, QUERY_TILE, True)
         _copy_16bit(
             d_output, d_output_image + base, tile * QUERY_TILE, query_length, d_output_row_stride,
             d_output_column_stride, HEAD_DIM, QUERY_TILE, BLOCK_D,
@@ -147,10 +117,7 @@ def prepare_images(
         key_index = (program - query_programs).to(tl.int64)
         key_tile, key_head = (key_index % key_tiles).to(tl.int32), key_index // key_tiles
         value += key_head // kv_heads * value_batch_stride + key_head % kv_heads * value_head_stride
-        key_base = key_index * (KEY_TILE * BLOCK_D)
-        _copy_codes(key_codes_transposed + key_base, key_transposed + key_base, BLOCK_D, KEY_TILE)
-        _copy_codes(key_codes + key_base, key_image + key_base, KEY_TILE, BLOCK_D)
         _copy_16bit(
-            value, value_image + key_base, key_tile * KEY_TILE, key_length, value_row_stride, value_column_stride,
-            HEAD_DIM, KEY_TILE, BLOCK_D,
+            value, value_image + key_index * (KEY_TILE * BLOCK_D), key_tile * KEY_TILE, key_length, value_row_stride,
+            value_column_stride, HEAD_DIM, KEY_TILE, BLOCK_D,
         )  # fmt: skip

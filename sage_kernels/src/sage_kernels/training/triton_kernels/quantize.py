@@ -1,13 +1,20 @@
 """Quantising: Q, K and V before the forward pass; dO, and transposed copies of Q and K, before the backward pass.
 
 The 8-bit MMA of Hopper takes operands only along the axis that it sums over. So what is summed over tokens exists as
-transposed tiles [block_d, tile], with tokens in the order of numbers.permuted.
+transposed tiles [block_d, tile], with tokens in the order of numbers.permuted. Rows are loaded in that order first.
 """
 
 import triton
 import triton.language as tl
 
-from sage_kernels.training.triton_kernels.numbers import INF, load_rows, permuted, quantize_tile, quantize_with
+from sage_kernels.training.triton_kernels.numbers import (
+    INF,
+    load_rows,
+    permuted,
+    quantize_tile,
+    quantize_with,
+    store_tile,
+)
 
 _SIZES = ["heads", "kv_heads", "query_length", "key_length", "query_tiles", "key_tiles", "query_programs"]
 
@@ -48,13 +55,6 @@ def sum_keys(
     tl.store(partials + place, tl.sum(total, 0))
     tl.store(highest + place, tl.max(high, 0))
     tl.store(lowest + place, tl.min(low, 0))
-
-
-@triton.jit
-def _store_transposed(codes, place, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
-    """Rows that were loaded in the order of permuted(), as [BLOCK_D, TILE]."""
-    offsets = tl.arange(0, BLOCK_D)[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    tl.store(place + offsets, tl.trans(codes))
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -99,8 +99,9 @@ def quantize_inputs(
     KEY_TILE: tl.constexpr,
     CHUNKS: tl.constexpr,
     FP8: tl.constexpr,
+    SWIZZLED: tl.constexpr,
 ):
-    """One tile of Q (the first query_programs), or one of K and of V."""
+    """One tile of Q (the first query_programs), or one of K and of V; tiles as store_tile lays them out."""
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK_D)
     if program < query_programs:
@@ -109,8 +110,8 @@ def quantize_inputs(
         query += head // heads * query_batch_stride + head % heads * query_head_stride
         x = load_rows(query, rows, query_row_stride, columns, query_column_stride, rows < query_length, HEAD_DIM)
         codes, scale = quantize_tile(x * query_sign, FP8)
-        base = head * query_tiles * QUERY_TILE * BLOCK_D
-        tl.store(query_codes + base + rows.to(tl.int64)[:, None] * BLOCK_D + columns[None, :], codes)
+        place = (head * query_tiles + tile) * QUERY_TILE * BLOCK_D
+        store_tile(codes, query_codes + place, QUERY_TILE, BLOCK_D, SWIZZLED)
         tl.store(query_scales + head * query_tiles + tile + tl.arange(0, 1), scale)
     else:
         program -= query_programs
@@ -124,8 +125,8 @@ def quantize_inputs(
         mean = tl.sum(tl.load(partials + head * CHUNKS * BLOCK_D + pieces), 0) / key_length.to(tl.float32)
         keys = load_rows(key, key_rows, key_row_stride, columns, key_column_stride, valid, HEAD_DIM)
         codes_of_key, scale = quantize_tile(tl.where(valid[:, None], keys - mean[None, :], 0.0), FP8)
-        key_base = head * key_tiles * KEY_TILE * BLOCK_D
-        tl.store(key_codes + key_base + key_rows.to(tl.int64)[:, None] * BLOCK_D + columns[None, :], codes_of_key)
+        place = (head * key_tiles + tile) * KEY_TILE * BLOCK_D
+        store_tile(codes_of_key, key_codes + place, KEY_TILE, BLOCK_D, SWIZZLED)
         tl.store(key_scales + head * key_tiles + tile + tl.arange(0, 1), scale)
 
         # dS K sums over keys, so that K can have a scale for each channel there: all keys share it.
@@ -138,15 +139,14 @@ def quantize_inputs(
         keys = load_rows(key, key_rows, key_row_stride, columns, key_column_stride, valid, HEAD_DIM)
         keys = tl.where(valid[:, None], keys - mean[None, :], 0.0)
         codes_of_key, scales = quantize_with(keys, absmax[None, :], FP8)
-        place = key_base + tile.to(tl.int64) * KEY_TILE * BLOCK_D
-        _store_transposed(codes_of_key, key_transposed + place, BLOCK_D, KEY_TILE)
+        store_tile(tl.trans(codes_of_key), key_transposed + place, BLOCK_D, KEY_TILE, SWIZZLED)
         if tile == 0:
             tl.store(channel_scales + head * BLOCK_D + columns[None, :], scales)
 
         value += batch * value_batch_stride + kv_head * value_head_stride
         values = load_rows(value, key_rows, value_row_stride, columns, value_column_stride, valid, HEAD_DIM)
         codes_of_value, scale = quantize_tile(values, FP8)
-        _store_transposed(codes_of_value, value_codes + place, BLOCK_D, KEY_TILE)
+        store_tile(tl.trans(codes_of_value), value_codes + place, BLOCK_D, KEY_TILE, SWIZZLED)
         tl.store(value_scales + head * key_tiles + tile + tl.arange(0, 1), scale)
 
 
@@ -194,6 +194,6 @@ def prepare_backward(
     scale += tl.sum(row_sums, 0) * 0.0
     tl.store(d_output_scales + head * query_tiles + tile + tl.arange(0, 1), scale)
     base = (head * query_tiles + tile) * QUERY_TILE * BLOCK_D
-    _store_transposed(codes, d_output_codes + base, BLOCK_D, QUERY_TILE)
+    store_tile(tl.trans(codes), d_output_codes + base, BLOCK_D, QUERY_TILE, False)
     q = tl.load(query_codes + base + lanes[:, None] * BLOCK_D + columns[None, :])
-    _store_transposed(q, query_transposed + base, BLOCK_D, QUERY_TILE)
+    store_tile(tl.trans(q), query_transposed + base, BLOCK_D, QUERY_TILE, False)
