@@ -1,4 +1,4 @@
-"""`launch_race.py`: launches a kernel whose threads race, compiled at once. A process of its own, for compute-sanitizer."""
+"""`launch_race.py`: a kernel whose threads race, compiled at once. A process of its own, for compute-sanitizer."""
 
 import ctypes
 from pathlib import Path
