@@ -14,7 +14,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 HERE = Path(__file__).parent
-# With more key tiles than the rings have stages, both dtypes, a mask, a causal case.
+# With more key tiles than the rings have stages, grouped heads, both dtypes, a causal case; none with a mask.
 SAMPLES = {
     "nvfp4": ("test_nvfp4_cuda.py", ("128-fp16-plain-257-512", "64-bf16-plain-129-129", "128-bf16-causal-100-77")),
     "int8": ("test_int8_sm90.py", ("128-plain-1000-1000", "64-plain-1-1000")),
