@@ -9,7 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 PACK_ROOT = Path(__file__).resolve().parent.parent
-INSTALL_HINT = "run `pip install --upgrade sage-kernels` in ComfyUI's Python, or clone the pack again"
+INSTALL_HINT = (
+    "`pip install --no-deps` the wheel in the pack's folder wheels/ into ComfyUI's Python, or clone the pack again"
+)
 
 
 class KernelPackageError(ImportError):
