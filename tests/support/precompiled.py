@@ -4,7 +4,7 @@ from sage_kernels.driver import KernelLoadError
 
 
 class Precompiled:
-    """Has a version, by which a CubinCache finds what was compiled elsewhere; compiles nothing.
+    """Has a version, by which a CubinCache finds what was compiled beforehand; compiles nothing.
 
     Args:
         version: of the NVRTC, such as (12, 8).
@@ -12,7 +12,7 @@ class Precompiled:
 
     def __init__(self, version: tuple[int, int]) -> None:
         self.version = version
-        self.name = f"NVRTC {version[0]}.{version[1]}, elsewhere"
+        self.name = f"NVRTC {version[0]}.{version[1]}, compiled beforehand"
 
     def compile(self, name: str, source: str, headers: dict[str, str], options: tuple[str, ...]) -> bytes:
         """Refuse.
