@@ -14,9 +14,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 HERE = Path(__file__).parent
-# With more key tiles than the rings have stages, grouped heads, both dtypes, a causal case; none with a mask.
+# With more key tiles than the rings have stages, grouped heads, both dtypes, masks and causal cases.
 SAMPLES = {
-    "nvfp4": ("test_nvfp4_cuda.py", ("128-fp16-plain-257-512", "64-bf16-plain-129-129", "128-bf16-causal-100-77")),
+    "nvfp4": (
+        "test_nvfp4_cuda.py",
+        ("128-fp16-plain-257-512", "64-bf16-plain-129-129", "128-bf16-causal-100-77", "128-bf16-bool-257-512"),
+    ),
+    "mxfp8_nvfp4": ("test_mxfp8_nvfp4_cuda.py", ("128-bf16-plain-257-512", "128-bf16-bool-257-512")),
     "int8": ("test_int8_sm90.py", ("128-plain-1000-1000", "64-plain-1-1000")),
 }
 pytestmark = pytest.mark.skipif(
