@@ -131,6 +131,38 @@ def test_quantised_rungs_refuse_gradients_after_a_call_without():
         sage_kernels.attention(q.requires_grad_(), k, v, **options)
 
 
+def test_a_mask_that_wants_a_gradient_is_no_call_without():
+    q, k, v = make_qkv()
+    mask = torch.zeros(40, 60)
+    options = {"precision": "int8", "allow_emulation": True}
+    sage_kernels.attention(q, k, v, attn_mask=mask, **options)
+    learned = mask.clone().requires_grad_()
+    with pytest.raises(sage_kernels.UnsupportedAttention, match="gradients"):
+        sage_kernels.attention(q, k, v, attn_mask=learned, **options)
+    assert form(q, k, v, attn_mask=learned) != form(q, k, v, attn_mask=mask)
+    with torch.no_grad():
+        assert form(q, k, v, attn_mask=learned) == form(q, k, v, attn_mask=mask)
+    q, k, v = make_qkv(dtype=torch.float32)
+    sage_kernels.attention(q, k, v, attn_mask=learned, precision="fp16").square().sum().backward()
+    assert learned.grad is not None
+    assert learned.grad.abs().sum() > 0
+
+
+def test_compiled_graphs_give_a_mask_its_gradient(monkeypatch):
+    monkeypatch.undo()  # a compiler must not see a pretended GPU
+    q, k, v = make_qkv(dtype=torch.float32)
+    gradients = []
+    for attend in (
+        sage_kernels.attention,
+        torch.compile(sage_kernels.attention, fullgraph=True, backend="aot_eager"),
+    ):
+        mask = torch.zeros(40, 60, requires_grad=True)
+        attend(q, k, v, attn_mask=mask).square().sum().backward()
+        gradients.append(mask.grad)
+    assert gradients[0].abs().sum() > 0
+    assert torch.allclose(*gradients)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [

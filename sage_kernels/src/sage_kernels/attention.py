@@ -51,7 +51,7 @@ def attention(
         UnsupportedAttention: nothing here runs this call at this precision; carries every reason.
     """
     options = (attn_mask, is_causal, scale, enable_gqa, key_lengths, layout, precision, return_lse, allow_emulation)
-    if torch.compiler.is_compiling() and not _wants_gradient(q, k, v):
+    if torch.compiler.is_compiling() and not _wants_gradient(q, k, v, attn_mask):
         return attention_node(q, k, v, *options)
     result: Tensor | tuple[Tensor, Tensor] = attend(q, k, v, *options)
     return result
@@ -113,5 +113,6 @@ def run(prepared: PreparedAttention) -> Tensor | tuple[Tensor, Tensor]:
     return in_layout(prepared.layout, *find_kernel(prepared.kernel).run(prepared.state))
 
 
-def _wants_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> bool:
+    wants = q.requires_grad or k.requires_grad or v.requires_grad
+    return torch.is_grad_enabled() and (wants or (isinstance(attn_mask, Tensor) and attn_mask.requires_grad))

@@ -72,7 +72,10 @@ class AttentionCall:
     def needs_grad(self) -> bool:
         """Whether autograd would want a gradient through this call."""
         return torch.is_grad_enabled() and (
-            self.query.requires_grad or self.key.requires_grad or self.value.requires_grad
+            self.query.requires_grad
+            or self.key.requires_grad
+            or self.value.requires_grad
+            or (self.attn_mask is not None and self.attn_mask.requires_grad)
         )
 
 

@@ -78,7 +78,10 @@ def form_of_arguments(
             *(k.shape, k.stride(), k.dtype, k.device, k.data_ptr() % _ALIGNMENT),
             *(v.shape, v.stride(), v.dtype, v.device, v.data_ptr() % _ALIGNMENT),
             (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled(),
-            None if attn_mask is None else _tensor_form(attn_mask),
+            # A learned bias wants its gradient too.
+            None
+            if attn_mask is None
+            else (_tensor_form(attn_mask), attn_mask.requires_grad and torch.is_grad_enabled()),
             None if key_lengths is None else _tensor_form(key_lengths),
             None if scale is None else float(scale),
             *(bool(is_causal), bool(enable_gqa), bool(return_lse), bool(allow_emulation), layout, precision),
