@@ -194,8 +194,9 @@ __device__ __forceinline__ void consume(const Parameters& p) {
     barrier_wait(pipeline.corrected(), pipeline.phase());
     bool done = attend(StageView{pipeline.stage + fragments, pipeline.stage + fragments / 2, pipeline.stage + delta});
     if (done) {
-      barrier_arrive(
-          pipeline.empty());  // every lane: racecheck doesn't see what __syncwarp orders before one's arrival
+      // Every lane, because racecheck doesn't see what __syncwarp orders before one lane's arrival. A condition that
+      // always holds, because without one the compiler spills a word where there is a mask.
+      if (lane < WARP) barrier_arrive(pipeline.empty());
       pipeline.advance();
     } else {
       pipeline.stay();
