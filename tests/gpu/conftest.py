@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from precompiled import Precompiled
 from sage_kernels import cubin_loader, evidence
 from sage_kernels.architectures import device_architecture
 from sage_kernels.cubin_cache import CubinCache
@@ -42,9 +41,12 @@ def workers():
 @pytest.fixture(scope="session", autouse=True)
 def pinned_code(request):
     """With --emulated-cubins, kernels of the pinned compilers and no others."""
-    folder = request.config.getoption("--emulated-cubins")
+    folder = request.config.getoption("--emulated-cubins", default=None)
     if folder is None:
         return
+    # Here, so that the hooks below can be tested by themselves.
+    from precompiled import Precompiled  # noqa: PLC0415
+
     compiler = Precompiled((12, 8))
     manifest = CubinManifest(Path(cubin_loader.__file__).parent / "cubins")
     loader = cubin_loader.KernelLoader(

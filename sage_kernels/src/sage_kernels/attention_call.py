@@ -191,7 +191,8 @@ def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
     full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     shape = tuple(mask.shape)
     aligned = (1,) * (4 - len(shape)) + shape
-    if len(shape) > 4 or any(have not in (1, want) for have, want in zip(aligned, full, strict=True)):
+    # Compared one by one: torch.compile finds no symbolic length in a tuple of lengths.
+    if len(shape) > 4 or any(have != 1 and have != want for have, want in zip(aligned, full, strict=True)):  # noqa: PLR1714
         raise ValueError(f"attn_mask must broadcast to [B, H, Nq, Nk] = {full}, got {shape}")
 
 
