@@ -148,6 +148,18 @@ def test_a_mask_that_wants_a_gradient_is_no_call_without():
     assert learned.grad.abs().sum() > 0
 
 
+def test_compiled_graphs_take_a_learned_mask_after_lengths_and_heads_changed(monkeypatch):
+    monkeypatch.undo()  # a compiler must not see a pretended GPU
+    torch.compiler.reset()
+    compiled = torch.compile(sage_kernels.attention, fullgraph=True, backend="aot_eager")
+    for heads, rows, keys in ((3, 8, 8), (2, 16, 20)):
+        compiled(*make_qkv(rows, keys, heads, heads, torch.float32))
+    q, k, v = make_qkv(40, 60, 4, 4, torch.float32)
+    mask = torch.linspace(-1, 1, 60).repeat(40, 1).requires_grad_()
+    expected = sage_kernels.attention(q, k, v, attn_mask=mask)
+    assert torch.allclose(compiled(q, k, v, attn_mask=mask), expected)
+
+
 def test_compiled_graphs_give_a_mask_its_gradient(monkeypatch):
     monkeypatch.undo()  # a compiler must not see a pretended GPU
     q, k, v = make_qkv(dtype=torch.float32)

@@ -15,10 +15,10 @@ been predicted:
   tensor cores. So it is bound by issue, which is busy 53 % of the time.
 - One launch for both steps of preparation: 87 to 81 us for Flux, 32 to 33 us for SDXL; predicted 60 and 22. It waits
   for memory and for its clusters, at 60 % of the bandwidth. Q between K and V: 90 and 38 us; predicted 72 and 26.
-- Preparation that loads what it needs next before it stores: Flux 78 to 68 us, Wan 480p 845 to 751, SDXL 34 to 33;
-  predicted 65, 700 and 27. For SDXL K and V are 320 thread blocks that each wait for one block of keys after another.
+- Preparation that loads what it needs next before it stores: Flux 78 to 68 us, Wan 480p 845 to 751, SDXL 34 to 33, of
+  eight calls in a CUDA graph rather than by this script; predicted 71 for Flux, nothing for the others.
 - Two warpgroups for head_dim 64 with even shares, because SDXL's ten units of 64 rows a thread block are four turns of
-  three: 598 beside 620 TFLOP/s; predicted 650. Two warps a scheduler hide less than three.
+  three: 598 beside 620 TFLOP/s. Nothing was predicted but that it pays if a unit takes at most 1.2 times as long.
 """
 
 import argparse

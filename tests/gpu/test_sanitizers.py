@@ -1,4 +1,4 @@
-"""compute-sanitizer on a sample of the cases of both CUDA kernels, each in a process of its own.
+"""compute-sanitizer on a sample of the cases of the attention kernels in CUDA, each in a process of its own.
 
 racecheck follows mbarriers only for threads that arrive themselves: a ring of bulk copies in which one lane arrives for
 its warp, after __syncwarp, is reported although it is right. So every lane of our consumers arrives.
