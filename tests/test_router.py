@@ -16,10 +16,10 @@ AMPERE = find_architecture((8, 0))
 LENGTHS = [1024, 4096, 16384]
 # The rung wins from somewhere between 1024 and 4096 tokens on.
 MS = {"sdpa_flash": [0.1, 1.6, 25.6], "sdpa_cudnn": [0.05, 0.8, 12.8], "int8_triton": [0.1, 0.6, 6.4]}
-CLASS = {"head_dim": 128, "is_causal": False, "has_mask": False, "heads": 24, "lengths": LENGTHS}
+CLASS = {"head_dim": 128, "is_causal": False, "mask": "none", "heads": 24, "lengths": LENGTHS}
 # With a mask tensor the rung loses everywhere.
 MASKED_MS = {"sdpa_efficient": [0.1, 1.6, 25.6], "int8_triton": [0.2, 1.7, 26.0]}
-ENTRY = {"rows": [{**CLASS, "ms": MS}, {**CLASS, "has_mask": True, "ms": MASKED_MS}]}
+ENTRY = {"rows": [{**CLASS, "ms": MS}, {**CLASS, "mask": "aligned", "ms": MASKED_MS}]}
 
 
 @pytest.fixture
@@ -87,6 +87,14 @@ def test_calls_with_a_mask_have_times_of_their_own(table):
     call = call_of(16384, mask=torch.ones(1, 16384, dtype=torch.bool, device="meta"))
     assert router.fastest_sixteen_bit(call, HOPPER) == ("sdpa_efficient", pytest.approx(25.6e-3))
     assert slower(call) == "at this size sdpa_efficient in 16 bit was measured to be as fast or faster"
+
+
+def test_masks_whose_rows_torch_must_copy_are_a_class_of_their_own(table):
+    def masked(keys):
+        return call_of(16384, keys, mask=torch.ones(1, keys, dtype=torch.bool, device="meta"))
+
+    assert router.predicted_seconds(masked(16384), HOPPER, "int8_triton") is not None
+    assert router.predicted_seconds(masked(16385), HOPPER, "int8_triton") is None
 
 
 def test_unmeasured_rungs_are_used_from_a_safe_length_on(table):

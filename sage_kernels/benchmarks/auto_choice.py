@@ -2,8 +2,10 @@
 
     PYTHONPATH=sage_kernels/src python sage_kernels/benchmarks/auto_choice.py
 
-Times are of whole calls in a row, so that of a small one it counts whichever takes longer, the GPU or the host.
-torch's kernels are chosen once for a row of calls, which costs them nothing; "sdpa" is its own choice among them.
+Two times of whole calls: in a row, so that of a small one it counts whichever takes longer, the GPU or the host
+("whole_call"), and replayed as a CUDA graph, so that the GPU alone counts ("graph"). torch's kernels are chosen once
+for a row of calls, which costs them nothing; "sdpa" is torch's own choice among them. Most lengths lie between those
+that the router's table was measured at.
 """
 
 import argparse
@@ -52,14 +54,14 @@ class Shape:
 
 
 SHAPES = (
-    *(Shape(f"d128_{length}", 24, length, length, 128) for length in (256, 512, 1024, 2048, 4096)),
-    *(Shape(f"d128_{length}_causal", 24, length, length, 128, is_causal=True) for length in (1024, 4096)),
-    *(Shape(f"d64_{length}", 24, length, length, 64) for length in (256, 1024, 2048, 4096)),
-    *(Shape(f"d256_{length}", 24, length, length, 256) for length in (1024, 4096)),
+    *(Shape(f"d{dim}_{length}", 24, length, length, dim)
+      for dim in (128, 64) for length in (256, 384, 640, 1280, 2560, 3500, 4096, 6000, 12000)),
+    *(Shape(f"d128_{length}_causal", 24, length, length, 128, is_causal=True) for length in (1280, 3500, 6000, 12000)),
+    *(Shape(f"d256_{length}", 24, length, length, 256) for length in (640, 3500)),
     Shape("sdxl_text", 20, 4096, 77, 64),
     Shape("wan_text", 40, 32760, 512, 128),
-    *(Shape(f"d{head_dim}_{length}_mask", 24, length, length, head_dim, has_mask=True)
-      for head_dim in (64, 128) for length in (1024, 4096, 4097)),
+    *(Shape(f"d{dim}_{length}_mask", 24, length, length, dim, has_mask=True)
+      for dim in (64, 128) for length in (640, 1281, 3496, 3497, 6001)),
 )  # fmt: skip
 
 
@@ -88,6 +90,7 @@ def measure(shape: Shape, seconds: float, device: torch.device) -> list[dict[str
     calls: dict[str, Callable[[], Tensor]] = {"sdpa": sdpa, **dict.fromkeys(BACKENDS, sdpa)}
     calls |= {rung: partial(sage_kernels.attention, *qkv, **options, precision=rung) for rung in RUNGS}
     rows: dict[str, Callable[[], None]] = {}
+    graphs: dict[str, Callable[[], None]] = {}
     for name, call in calls.items():
         try:
             in_a_row(name, call, 2)
@@ -96,22 +99,33 @@ def measure(shape: Shape, seconds: float, device: torch.device) -> list[dict[str
             print(f"{shape.name}: no {name}: {str(reason).splitlines()[0]}")
             continue
         rows[name] = partial(in_a_row, name, call, IN_A_ROW)
-    times = {
-        name: ms / IN_A_ROW for name, ms in time_in_turns({k: [v] for k, v in rows.items()}, seconds, device).items()
-    }
-    best = min((name for name in times if name.startswith("sdpa")), key=lambda name: times[name])
-    chosen = sage_kernels.explain(*qkv, **options).kernel  # type: ignore[arg-type]
-    others = ", ".join(f"{name} {times[name]:.4f}" for name in RUNGS[1:] if name in times)
-    print(
-        f"{shape.name:18} auto ({chosen}) {times['auto']:.4f} ms, {best} {times[best]:.4f} ms: "
-        f"{times['auto'] / times[best]:.3f}; {others}",
-        flush=True,
-    )
-    return [
-        {"benchmark": "whole_call", "shape": shape.name, "method": name, "ms": ms, "tflops": shape.flops / ms / 1e9}
-        | {"rel_l1": None, "extra_bytes": None}
-        for name, ms in times.items()
-    ]
+        graphs[name] = capture(rows[name])
+    found = []
+    print(f"{shape.name:18} {sage_kernels.explain(*qkv, **options).kernel:10}", end="")  # type: ignore[arg-type]
+    for benchmark, methods in (("whole_call", rows), ("graph", graphs)):
+        times = {
+            name: ms / IN_A_ROW
+            for name, ms in time_in_turns({name: [row] for name, row in methods.items()}, seconds, device).items()
+        }
+        best = min((name for name in times if name.startswith("sdpa")), key=lambda name: times[name])
+        others = ", ".join(f"{name} {times[name] * 1e3:.1f}" for name in (best, "sdpa", "int8") if name in times)
+        print(f" {benchmark}: {times['auto'] * 1e3:.1f} us, {others}: {times['auto'] / times[best]:.3f};", end="")
+        found += [
+            {"benchmark": benchmark, "shape": shape.name, "method": name, "ms": ms, "tflops": shape.flops / ms / 1e9}
+            | {"rel_l1": None, "extra_bytes": None}
+            for name, ms in times.items()
+        ]
+    print(flush=True)
+    return found
+
+
+def capture(row: Callable[[], None]) -> Callable[[], None]:
+    """`row` as a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        row()
+    replay: Callable[[], None] = graph.replay
+    return replay
 
 
 def in_a_row(name: str, call: Callable[[], Tensor], count: int) -> None:

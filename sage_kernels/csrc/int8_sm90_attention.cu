@@ -10,7 +10,8 @@
 // columns of ones beside V, rather than from additions. PARK: the float32 sums wait in shared memory for the next
 // promotion. HEADROOM: O is rescaled only when the row maximum has grown by more than this many powers of two. LINE: of
 // every eight words of weights, how many come from a straight line between powers of two in place of the exponential;
-// that needs ONES. SPLIT: eighths of the weights that are computed before P V is waited for; 0 for all.
+// that needs ONES. SPLIT: eighths of the weights that are computed before P V is waited for; 0 for all. SHARE: where a
+// thread block has 64 rows left for the end, all warpgroups work on them.
 #include "int8_sm90_softmax.cuh"
 
 // One warpgroup's 64 rows.
@@ -19,6 +20,7 @@ struct Consumer : Softmax {
   int warpgroup, warp;
   u32 parked;
   Ring keys, values;
+  int shared_step = 1;
   u32 query_parity = 0;
   float output[kColumns];
 #if PROMOTE && !PARK
@@ -32,10 +34,11 @@ struct Consumer : Softmax {
         warp(threadIdx.x / 32 % 4),
         parked(shared.parked(threadIdx.x - 128)) {}
 
-  DEVICE int thread_row() const { return warpgroup * 64 + warp * 16 + lane / 4; }
+  // Key blocks from one of this warpgroup's to the next; the others' arrivals are made in their stead.
+  DEVICE int step() const { return SHARE ? shared_step : 1; }
 
   // Every lane for itself: racecheck doesn't see that __syncwarp puts the others' reads before one lane's arrival.
-  DEVICE void release(u32 barrier) { mbarrier_arrive(barrier); }
+  DEVICE void release(u32 barrier) { mbarrier_arrive(barrier, step()); }
 
   DEVICE void wait_key() { mbarrier_wait(shared.key_full(keys.stage), keys.parity); }
 
@@ -76,7 +79,7 @@ struct Consumer : Softmax {
 #endif
     pin_registers(weights);
     release(shared.value_empty(values.stage));
-    values.advance();
+    values.advance(step());
   }
 
   // All columns of ones have the same sums.
@@ -154,8 +157,15 @@ struct Consumer : Softmax {
     }
   }
 
+  // Blocks are counted as this warpgroup meets them.
   DEVICE void run(const Tile& tile) {
-    const int row = tile.row + thread_row();
+    const int first = tile.is_shared ? warpgroup : 0, unit = warpgroup - first;
+    if (tile.is_shared) {
+      shared_step = WARPGROUPS;
+      keys.advance(first);
+      values.advance(first);
+    }
+    const int row = tile.row + (unit * 64 + warp * 16 + lane / 4);
     // Addresses and what a tile needs once are computed anew: held, they'd be spilled.
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -166,34 +176,36 @@ struct Consumer : Softmax {
     clear_sums();
     mbarrier_wait(shared.query_full(warpgroup), query_parity);
     if (tile.key_blocks > 0) {
-      const int unmasked = (p.is_causal ? min(tile.key_length, tile.row + warpgroup * 64 + 1) : tile.key_length) / KEYS;
-      float key_scale = p.key_scale[tile.kv_head * p.key_blocks];
+      // Causal attention shares no units.
+      const int seen = p.is_causal ? min(tile.key_length, tile.row + warpgroup * 64 + 1) : tile.key_length;
+      const int blocks = ceil_div(tile.key_blocks - first, step()), unmasked = ceil_div(seen / KEYS - first, step());
+      float key_scale = p.key_scale[tile.kv_head * p.key_blocks + first];
       wait_key();
       start_scores();
       issue_qk();
       wgmma_wait<0>(scores);
       release(shared.key_empty(keys.stage));
-      keys.advance();
-      if (unmasked == 0) mask_scores(0, row, tile.key_length);
+      keys.advance(step());
+      if (unmasked == 0) mask_scores(first * KEYS, row, tile.key_length);
       start_softmax(key_scale);
       exponentials<0, kScores>();
       pack_weights();
       start_scores();
-      if (tile.key_blocks > 1) wait_key();
-      for (int block = 1; block < tile.key_blocks; ++block) {
-        key_scale = p.key_scale[tile.kv_head * p.key_blocks + block];
+      if (blocks > 1) wait_key();
+      for (int block = 1; block < blocks; ++block) {
+        key_scale = p.key_scale[tile.kv_head * p.key_blocks + first + block * step()];
         if (PINGPONG) named_barrier_sync(1 + warpgroup, 256);
         issue_qk();
         issue_pv(block - 1);
         if (PINGPONG) named_barrier_arrive(1 + (warpgroup + 1) % WARPGROUPS, 256);
         wgmma_wait<1>(scores);
         release(shared.key_empty(keys.stage));
-        keys.advance();
-        if (block >= unmasked) mask_scores(block * KEYS, row, tile.key_length);
+        keys.advance(step());
+        if (block >= unmasked) mask_scores((first + block * step()) * KEYS, row, tile.key_length);
         start_softmax(key_scale);
         exponentials<0, kEarly>();
         // Here, so that a branch keeps the wait for P V behind the exponentials, where the assembler would hoist it.
-        if (block + 1 < tile.key_blocks) wait_key();
+        if (block + 1 < blocks) wait_key();
         finish_pv();
         if (PROMOTE && block % max(PROMOTE, 1) == 0) promote();
         if (grown) rescale_sums();
@@ -201,13 +213,52 @@ struct Consumer : Softmax {
         pack_weights();
         start_scores();
       }
-      issue_pv(tile.key_blocks - 1);
+      issue_pv(blocks - 1);
       finish_pv();
       finish_sums();
     }
-    release(shared.query_empty(warpgroup));
+    mbarrier_arrive(shared.query_empty(warpgroup));
     query_parity ^= 1;
-    store(tile, row);
+    if (tile.is_shared) merge();
+    if (!tile.is_shared || warpgroup == 0) store(tile, row);
+  }
+
+  // Of a shared unit, the last of this thread block: the first warpgroup gets the sums of all.
+  DEVICE void merge() {
+    const int thread = threadIdx.x;
+    named_barrier_sync(1 + WARPGROUPS, 128 * WARPGROUPS);  // nobody reads the ring of K any more
+    if (warpgroup > 0) {
+#pragma unroll
+      for (int i = 0; i < kColumns; i += 4)
+        store_shared(shared.part(warpgroup, i / 4, thread),
+                     make_float4(output[i], output[i + 1], output[i + 2], output[i + 3]));
+      store_shared(shared.part(warpgroup, kColumns / 4, thread),
+                   make_float4(maximum[0], maximum[1], row_sum[0], row_sum[1]));
+    }
+    named_barrier_sync(1 + WARPGROUPS, 128 * WARPGROUPS);
+    if (warpgroup > 0) return;
+#pragma unroll 1
+    for (int other = 1; other < WARPGROUPS; ++other) {
+      const float4 state = load_shared(shared.part(other, kColumns / 4, thread));
+      const float theirs[2] = {state.x, state.y}, their_sum[2] = {state.z, state.w};
+      float their_rescale[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float larger = fmaxf(maximum[r], theirs[r]), shift = larger == -infinity() ? 0.f : larger;
+        rescale[r] = exp2_approx(maximum[r] - shift);
+        their_rescale[r] = exp2_approx(theirs[r] - shift);
+        row_sum[r] = row_sum[r] * rescale[r] + their_sum[r] * their_rescale[r];
+        maximum[r] = larger;
+      }
+#pragma unroll
+      for (int i = 0; i < kColumns; i += 4) {
+        const float4 sum = load_shared(shared.part(other, i / 4, thread));
+        output[i] = fmaf(sum.x, their_rescale[0], output[i] * rescale[0]);
+        output[i + 1] = fmaf(sum.y, their_rescale[0], output[i + 1] * rescale[0]);
+        output[i + 2] = fmaf(sum.z, their_rescale[1], output[i + 2] * rescale[1]);
+        output[i + 3] = fmaf(sum.w, their_rescale[1], output[i + 3] * rescale[1]);
+      }
+    }
   }
 
   // Divides by the row sum, undoes V's scale and mean, stores 8 channels at a time: V's tiles order channels so that a
@@ -298,7 +349,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) int8_sm90_attention(co
     Schedule schedule(p);
     Tile tile;
     while (schedule.advance(tile)) {
-      if (consumer.warpgroup < tile.units)
+      if (tile.is_shared || consumer.warpgroup < tile.units)
         consumer.run(tile);
       else
         consumer.skip(tile);

@@ -1,11 +1,13 @@
 // Which thread block of int8_sm90_attention.cu computes what, for its producer and its consumers alike.
-// Compile-time: KEYS of a block, WARPGROUPS of 64 query rows each.
+// Compile-time: KEYS of a block, WARPGROUPS of 64 query rows each, SHARE whether they share a last unit.
 #pragma once
 #include "int8_sm90_params.cuh"
 
-// Rows of one head, 64 for each of the first `units` warpgroups, and the key blocks that they see.
+// Rows of one head, 64 for each of the first `units` warpgroups, and the key blocks that they see. Where one unit is
+// left for the end, all warpgroups share it (`is_shared`): each takes every WARPGROUPS-th of its key blocks.
 struct Tile {
   int batch, head, kv_head, row, units, key_blocks, key_length;
+  bool is_shared;
 };
 
 // What a thread block computes, one tile after another: in turns with the others, so that blocks at work share their
@@ -49,6 +51,7 @@ struct Schedule {
     if (p.key_lengths) tile.key_length = max(0, min(p.key_length, p.key_lengths[tile.batch]));
     const int seen = p.is_causal ? min(tile.key_length, tile.row + 64 * tile.units) : tile.key_length;
     tile.key_blocks = ceil_div(seen, KEYS);
+    tile.is_shared = SHARE && p.even_shares && next >= end && tile.units == 1 && tile.key_blocks >= 2 * WARPGROUPS;
     return true;
   }
 };

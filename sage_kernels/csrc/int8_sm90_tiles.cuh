@@ -16,12 +16,15 @@ static_assert(!ONES || KEYS == 128, "8 rows of ones follow V's in one swizzled i
 constexpr int kParkedBytes = PARK * 128 * kColumns * 4;  // of a warpgroup
 static_assert(!PARK || PROMOTE, "sums are parked between promotions");
 
+static_assert(!SHARE || WARPGROUPS <= STAGES, "a ring is advanced by one turn at most");
+
 struct Ring {
   int stage = 0;
   u32 parity = 0;
-  DEVICE void advance() {
-    if (++stage == STAGES) {
-      stage = 0;
+  DEVICE void advance(int stages = 1) {
+    stage += stages;
+    if (stage >= STAGES) {
+      stage = SHARE ? stage - STAGES : 0;
       parity ^= 1;
     }
   }
@@ -32,12 +35,17 @@ struct Ring {
 struct Shared {
   u32 base;
   static constexpr int kKey = WARPGROUPS * kQueryBytes;
+  static_assert(!SHARE || (WARPGROUPS - 1) * 128 * 4 * (kColumns + 4) <= STAGES * kTileBytes, "a unit is merged in K's ring");
   static constexpr int kValue = kKey + STAGES * kTileBytes;
   static constexpr int kParked = kValue + STAGES * (kTileBytes + kOnesBytes);
   static constexpr int kBarriers = kParked + WARPGROUPS * kParkedBytes;
   DEVICE u32 query(int warpgroup) const { return base + warpgroup * kQueryBytes; }
   DEVICE u32 key(int stage) const { return base + kKey + stage * kTileBytes; }
   DEVICE u32 value(int stage) const { return base + kValue + stage * (kTileBytes + kOnesBytes); }
+  // Of a warpgroup but the first, float4 `index` of its part of a shared unit.
+  DEVICE u32 part(int warpgroup, int index, int thread) const {
+    return key(0) + ((warpgroup - 1) * (kColumns / 4 + 1) + index) * 2048 + thread % 128 * 16;
+  }
   DEVICE u32 parked(int thread) const { return base + kParked + thread / 128 * kParkedBytes + thread % 128 * 16; }
   DEVICE u32 key_full(int stage) const { return base + kBarriers + 8 * stage; }
   DEVICE u32 key_empty(int stage) const { return key_full(STAGES + stage); }
@@ -64,11 +72,11 @@ DEVICE void produce(const Int8Params& p, const Shared& shared) {
         keys.advance();
       }
       if (block == 0) {
-        for (int warpgroup = 0; warpgroup < tile.units; ++warpgroup) {
+        for (int warpgroup = 0; warpgroup < (tile.is_shared ? WARPGROUPS : tile.units); ++warpgroup) {
           mbarrier_wait(shared.query_empty(warpgroup), query_parities >> warpgroup & 1);
           query_parities ^= 1 << warpgroup;
           mbarrier_arrive_expect_bytes(shared.query_full(warpgroup), kQueryBytes);
-          bulk_load(shared.query(warpgroup), query + warpgroup * kQueryBytes, kQueryBytes,
+          bulk_load(shared.query(warpgroup), query + (tile.is_shared ? 0 : warpgroup) * kQueryBytes, kQueryBytes,
                     shared.query_full(warpgroup));
         }
       } else {

@@ -104,6 +104,43 @@ def largest_score_unit(call):
     return (call.query.float().abs().amax() * spread / 127**2).item() * abs(call.scale)
 
 
+def expected_attention(call, tensors, kernel, form, arguments):
+    """By the quantised reference; of units that warpgroups share, with a softmax for each of them."""
+    expected, expected_lse = quantized_attention(*tensors, kernel.recipe(call), **arguments)
+    shared = shared_units(call, kernel, form)
+    if shared:
+        recipe = replace(kernel.recipe(call), key_shares=form.warpgroups)
+        output, lse = quantized_attention(*tensors, recipe, **arguments)
+        for batch, head, row in shared:
+            place = batch, head, slice(row, row + 64)
+            expected[place], expected_lse[place] = output[place], lse[place]
+    return expected, expected_lse
+
+
+def shared_units(call, kernel, form):
+    """Batch, head and first row of each unit that all warpgroups of a thread block work on, as the kernel deals out."""
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    heads, units_per_head = call.batch * call.heads, -(-call.query_length // 64)
+    tiles = heads * -(-call.query_length // form.rows)
+    if not form.share or call.is_causal or tiles > kernel.even_share_turns * processors:
+        return []
+    lengths = [call.key_length] * call.batch
+    if call.key_lengths is not None:
+        lengths = call.key_lengths.clamp(0, call.key_length).tolist()
+    units, shared = heads * units_per_head, []
+    blocks = min(tiles if kernel.even_share_turns == 0 else units, processors)
+    for block in range(blocks):
+        start, end = units * block // blocks, units * (block + 1) // blocks
+        while start < end:
+            head, unit = divmod(start, units_per_head)
+            taken = min(form.warpgroups, end - start, units_per_head - unit)
+            start += taken
+            batch = head // call.heads
+            if start == end and taken == 1 and -(-lengths[batch] // form.keys) >= 2 * form.warpgroups:
+                shared.append((batch, head % call.heads, 64 * unit))
+    return shared
+
+
 def check_attention(within, q, k, v, quality=QUALITY, kernel=KERNEL, **options):
     before = [x.clone() for x in (q, k, v)]
     call = call_of(q, k, v, **options)
@@ -116,8 +153,8 @@ def check_attention(within, q, k, v, quality=QUALITY, kernel=KERNEL, **options):
     assert torch.isfinite(output).all()
     arguments = {"is_causal": call.is_causal, "scale": call.scale, "key_lengths": call.key_lengths}
     rounded = [x.bfloat16() if x.dtype == torch.float32 else x for x in (call.query, call.key, call.value)]
-    expected, expected_lse = quantized_attention(*rounded, kernel.recipe(call), **arguments)
     form = next(form for form in kernel.forms if form.serves(call.head_dim, call.key_length))
+    expected, expected_lse = expected_attention(call, rounded, kernel, form, arguments)
     steps = min(call.key_length, form.promote * form.keys or call.key_length) / 32
     unit = largest_score_unit(call)
     lost = steps**2 * 2**-16 if form.ones else 0
@@ -167,6 +204,8 @@ def test_sequences_of_several_turns_agree(check, turns, is_causal, head_dim):
 @pytest.mark.parametrize(
     "form",
     [
+        replace(FORMS[0], share=False),
+        replace(FORMS[2], share=True),
         replace(FORMS[0], promote=0, line=4, park=False),
         replace(FORMS[0], warpgroups=2, line=4, split=4, park=False),
         replace(FORMS[0], warpgroups=2, line=0, ones=False, park=False, headroom=0, promote=1),
@@ -178,6 +217,20 @@ def test_sequences_of_several_turns_agree(check, turns, is_causal, head_dim):
 )
 def test_other_forms_agree(check, form, is_causal):
     check(*make_qkv(1, 4, 4, 1000, 2000, form.head_dim), is_causal=is_causal, kernel=Int8Sm90Kernel((form,)))
+
+
+@pytest.mark.parametrize("kind", ["plain", "lengths"])
+@pytest.mark.parametrize("heads", [1, 30, 67])
+@pytest.mark.parametrize("form", [FORMS[0], replace(FORMS[2], share=True)], ids=["64", "128"])
+def test_warpgroups_share_a_unit_that_is_left_over(check, form, heads, kind):
+    """With key blocks that don't come out even, few and many, and batches without enough of them or without any."""
+    kernel = Int8Sm90Kernel((form,))
+    batch = 3 if kind == "lengths" else 1
+    for keys in (64 * 4 * form.warpgroups + 1, 1500, 5000):
+        q, k, v = make_qkv(batch, heads, heads, 300, keys, form.head_dim)
+        options = make_options(kind, batch, keys)
+        assert shared_units(call_of(q, k, v, **options), kernel, form)
+        check(q, k, v, quality=None, kernel=kernel, **options)
 
 
 @pytest.mark.parametrize("heads", [1, 7, 150])
@@ -213,7 +266,9 @@ def test_attention_to_one_key_agrees(within, head_dim, is_causal, scale, size):
     output, lse = KERNEL.run(KERNEL.prepare(call))
     assert torch.isfinite(output).all()
     within((output.float().abs().amax() / v.float().abs().amax()).item(), 1.0625)  # a value rounded to E4M3
-    expected, expected_lse = quantized_attention(q, k, v, KERNEL.recipe(call), scale=scale, is_causal=is_causal)
+    form = next(form for form in FORMS if form.serves(head_dim, 1000))
+    options = {"scale": scale, "is_causal": is_causal}
+    expected, expected_lse = expected_attention(call, (q, k, v), KERNEL, form, options)
     # Two keys of one score share their row; where scores are beyond 2^24 either may win it.
     agree = ((output.float() - expected).abs().amax(-1) < 0.1).float().mean().item()
     within(1 - agree, 0.02)

@@ -1,5 +1,6 @@
 """Time and memory of calls on a GPU."""
 
+import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,7 +26,8 @@ def time_in_turns(
 ) -> dict[str, float]:
     """Median milliseconds of one call of each method.
 
-    Methods take turns, so that a GPU that grows warm slows all of them down.
+    Methods take turns, so that a GPU that grows warm slows all of them down, in another order each time, so that none
+    always follows the one that makes it warmest.
 
     Args:
         methods: calls that differ only in their tensors, by name; one measurement makes all of a method's calls in a
@@ -38,7 +40,7 @@ def time_in_turns(
 
         def measure_round() -> float:
             total = 0.0
-            for name, calls in methods.items():
+            for name, calls in random.sample([*methods.items()], len(methods)):
                 elapsed = _measure(lambda calls=calls: [call() for call in calls])  # type: ignore[misc]
                 samples[name].append(elapsed / len(calls))
                 total += elapsed

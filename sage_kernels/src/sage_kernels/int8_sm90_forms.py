@@ -23,6 +23,7 @@ class Int8Sm90Form:
         keys: of a block; they share an INT8 scale.
         split: eighths of the weights that are computed before waiting for P V, the rest overlaps their packing; 0: all.
         park: the float32 sums wait in shared memory for the next promotion, which frees registers.
+        share: all warpgroups work on 64 rows that are left over for the end, each on its share of the key blocks.
         longest: serves up to so many keys; 0 for any number.
     """
 
@@ -37,6 +38,7 @@ class Int8Sm90Form:
     keys: int = 128
     split: int = 0
     park: bool = False
+    share: bool = False
     longest: int = 0
 
     def serves(self, head_dim: int, keys: int) -> bool:
@@ -48,7 +50,7 @@ class Int8Sm90Form:
         """What distinguishes it from other forms of its head dimension."""
         parts = [f"w{self.warpgroups}", f"k{self.keys}", f"s{self.stages}", f"p{self.promote}", f"h{self.headroom}"]
         parts += [f"l{self.line}", f"e{self.split}"]
-        return "_".join(parts) + "p" * self.pingpong + "o" * self.ones + "s" * self.park
+        return "_".join(parts) + "p" * self.pingpong + "o" * self.ones + "s" * self.park + "u" * self.share
 
     @property
     def rows(self) -> int:
@@ -65,8 +67,10 @@ class Int8Sm90Form:
 
 _D128 = Int8Sm90Form(128, warpgroups=2, stages=5, pingpong=True, promote=4, headroom=2, ones=True, line=3, split=3)
 FORMS = (
-    Int8Sm90Form(
-        64, warpgroups=3, stages=7, pingpong=False, promote=4, headroom=2, ones=True, line=5, split=2, park=True
+    replace(
+        Int8Sm90Form(64, warpgroups=3, stages=7, pingpong=False, promote=4, headroom=2, ones=True, line=5, split=2),
+        park=True,
+        share=True,
     ),
     # The error grows with length. Short sequences can afford a fourth line, long ones can do without its speed.
     replace(_D128, line=4, split=4, longest=16384),

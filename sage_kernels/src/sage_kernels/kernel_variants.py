@@ -159,6 +159,7 @@ def int8_sm90_attention_variant(form: Int8Sm90Form) -> KernelVariant:
             ("LINE", form.line),
             ("SPLIT", form.split),
             ("PARK", int(form.park)),
+            ("SHARE", int(form.share)),
         ),
         head_dim=form.head_dim,
         causal=False,

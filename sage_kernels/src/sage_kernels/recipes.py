@@ -27,6 +27,7 @@ class Recipe:
         recenter_v: what smoothing V adds back is the mean that the quantised values lack, rather than the mean that was
             subtracted: rounding errors of V then have mean zero in every channel.
         key_block: keys that one step of the online softmax takes.
+        key_shares: online softmaxes that the key blocks are dealt out to in turns, and whose results are merged.
         rescale_threshold: the output is rescaled only when the row maximum has grown by more than this many powers of
             two; P is stretched that much less, to keep headroom.
         linear_exp_of_8: of every eight weights, how many come from a straight line between powers of two in place of an
@@ -51,6 +52,7 @@ class Recipe:
     smooth_v: bool = False
     recenter_v: bool = False
     key_block: int = 128
+    key_shares: int = 1
     rescale_threshold: float = 0.0
     linear_exp_of_8: int = 0
     quantized_row_sum: bool = True

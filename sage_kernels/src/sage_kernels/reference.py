@@ -227,12 +227,45 @@ def _attend_rows(
     rows: slice,
     round_weights: Callable[[Tensor, Recipe], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    query = operands.query[:, :, rows]
     stretch = (_P_MAX[recipe.pv] if recipe.two_level else 1.0) * 2.0**-recipe.rescale_threshold
+    shares = [
+        _attend_share(operands, mask, recipe, scale, rows, share, stretch, round_weights)
+        for share in range(recipe.key_shares)
+    ]
+    maximum, row_sum, accumulator = shares[0]
+    for their_maximum, their_sum, theirs in shares[1:]:
+        larger = torch.maximum(maximum, their_maximum)
+        shift = torch.where(larger == -torch.inf, 0.0, larger)
+        rescale, their_rescale = torch.exp(maximum - shift), torch.exp(their_maximum - shift)
+        row_sum = row_sum * rescale + their_sum * their_rescale
+        accumulator = accumulator * rescale + theirs * their_rescale
+        maximum = larger
+    empty = row_sum == 0
+    output = accumulator / torch.where(empty, 1.0, row_sum)
+    if operands.value_mean is not None:
+        groups = output.shape[1] // operands.value_mean.shape[1]
+        output = output + operands.value_mean.repeat_interleave(groups, dim=1)
+    lse = torch.where(empty, -torch.inf, maximum + torch.log(row_sum / stretch))
+    return output.masked_fill(empty, 0.0), lse.squeeze(-1)
+
+
+def _attend_share(
+    operands: QuantizedOperands,
+    mask: ScoreMask,
+    recipe: Recipe,
+    scale: float,
+    rows: slice,
+    share: int,
+    stretch: float,
+    round_weights: Callable[[Tensor, Recipe], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum, row sum and accumulator of every key_shares-th key block, the first of which is `share`."""
+    query = operands.query[:, :, rows]
     maximum = query.new_full((*query.shape[:3], 1), -torch.inf)
     row_sum = torch.zeros_like(maximum)
     accumulator = query.new_zeros((*query.shape[:3], operands.value.shape[-1]))
-    for key_start in range(0, operands.key.shape[2], recipe.key_block):
+    step = recipe.key_block * recipe.key_shares
+    for key_start in range(recipe.key_block * share, operands.key.shape[2], step):
         keys = slice(key_start, min(key_start + recipe.key_block, operands.key.shape[2]))
         if mask.skips(rows, keys):
             break
@@ -248,13 +281,7 @@ def _attend_rows(
         row_sum = row_sum * rescale + summed.sum(dim=-1, keepdim=True)
         accumulator = accumulator * rescale + _grouped_matmul(weights, operands.value[:, :, keys])
         maximum = new_maximum
-    empty = row_sum == 0
-    output = accumulator / torch.where(empty, 1.0, row_sum)
-    if operands.value_mean is not None:
-        groups = output.shape[1] // operands.value_mean.shape[1]
-        output = output + operands.value_mean.repeat_interleave(groups, dim=1)
-    lse = torch.where(empty, -torch.inf, maximum + torch.log(row_sum / stretch))
-    return output.masked_fill(empty, 0.0), lse.squeeze(-1)
+    return maximum, row_sum, accumulator
 
 
 def _scores(operands: QuantizedOperands, recipe: Recipe, rows: slice, keys: slice) -> Tensor:

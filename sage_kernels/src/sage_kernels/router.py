@@ -9,7 +9,9 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from torch import Tensor
 
 from sage_kernels.architectures import Architecture
 from sage_kernels.attention_call import AttentionCall
@@ -18,6 +20,8 @@ from sage_kernels.precision import Precision
 TABLE = Path(__file__).with_name("router_table.json")
 SIXTEEN_BIT_METHODS = ("sdpa_flash", "sdpa_cudnn", "sdpa_efficient")
 HEAD_DIM_CLASSES = (64, 128, 256)
+MaskClass = Literal["none", "aligned", "odd"]
+_ALIGNED_KEYS = 8  # 16 bytes of bfloat16
 # What a quantised rung must gain on 16 bit: what is measured as a tie may be a loss in the next run.
 _LEAST_GAIN = 1.02
 # On architectures without any measured times: tokens from which on a rung is taken to be faster. Preparation costs a
@@ -89,7 +93,14 @@ def _times_of(call: AttentionCall, architecture: Architecture | None) -> _Times 
     if architecture is None:
         return None
     head_dim = next(size for size in HEAD_DIM_CLASSES if call.head_dim <= size)
-    return _load(TABLE).get((architecture.name, head_dim, call.is_causal, call.attn_mask is not None))
+    return _load(TABLE).get((architecture.name, head_dim, call.is_causal, mask_class(call.attn_mask, call.key_length)))
+
+
+def mask_class(mask: Tensor | None, key_length: int) -> MaskClass:
+    """Masks whose rows are no multiple of 16 bytes as torch's kernels take them, in 16 bits, cost them a copy."""
+    if mask is None:
+        return "none"
+    return "odd" if key_length % _ALIGNED_KEYS else "aligned"
 
 
 def _effective_length(call: AttentionCall, heads: int) -> float:
@@ -110,10 +121,10 @@ def _interpolate(length: float, lengths: tuple[int, ...], costs: tuple[float, ..
 
 
 @lru_cache
-def _load(path: Path) -> dict[tuple[str, int, bool, bool], _Times]:
+def _load(path: Path) -> dict[tuple[str, int, bool, str], _Times]:
     table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return {
-        (architecture, row["head_dim"], row["is_causal"], row["has_mask"]): _read_row(row)
+        (architecture, row["head_dim"], row["is_causal"], row["mask"]): _read_row(row)
         for architecture, entry in table.items()
         for row in entry["rows"]
     }

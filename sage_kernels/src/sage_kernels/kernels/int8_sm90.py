@@ -86,7 +86,10 @@ class Int8Sm90Kernel:
         return next((reason for refused, reason in reasons if refused), None)
 
     def recipe(self, call: AttentionCall) -> Recipe:
-        """What this call computes, for comparison with `reference.quantized_attention`."""
+        """What this call computes, for comparison with `reference.quantized_attention`.
+
+        Of rows that warpgroups share (Int8Sm90Form.share) key_shares is their number instead of 1.
+        """
         form = self._form(call)
         return replace(
             RECIPES["int8"],
