@@ -83,6 +83,8 @@ def test_cuda_and_triton_compute_one_recipe_on_hopper(head_dim):
     [
         ("training_sm90.cuh", "TrainParams", sm90_backend._Parameters),
         ("training_sm90_forward.cu", "TrainForwardParams", sm90_backend._ForwardParameters),
+        ("training_sm90_quantize.cu", "TrainQuantizeParams", sm90_backend._QuantizeParameters),
+        ("training_sm90_images.cu", "TrainImagesParams", sm90_backend._ImagesParameters),
     ],
 )
 def test_parameters_have_the_fields_of_the_sources(file, struct, parameters):

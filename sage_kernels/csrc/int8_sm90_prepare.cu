@@ -8,6 +8,7 @@
 // Compile-time: HEAD_DIM 64 | 128, to which the images are padded; KEYS of a tile; BFLOAT16 1 | 0 (float16).
 // head_dim is a multiple of 8.
 #include "int8_sm90_params.cuh"
+#include "sm90_channels.cuh"
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
@@ -17,26 +18,6 @@ constexpr int kValueRowBytes = KEYS % 128 == 0 ? 128 : KEYS % 64 == 0 ? 64 : 32;
 constexpr int kClusterSize = 8;
 constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
 constexpr float kErrorUnits = 16.f;   // value_error counts sixteenths of a code unit: exact sums in any order
-
-struct Channels {
-  float x[8];
-};
-
-DEVICE Channels unpack(uint4 raw) {
-  const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
-  Channels out;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-#if BFLOAT16
-    out.x[2 * i] = __uint_as_float(words[i] << 16);
-    out.x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000);
-#else
-    asm("cvt.f32.f16 %0, %1;" : "=f"(out.x[2 * i]) : "h"(static_cast<u16>(words[i])));
-    asm("cvt.f32.f16 %0, %1;" : "=f"(out.x[2 * i + 1]) : "h"(static_cast<u16>(words[i] >> 16)));
-#endif
-  }
-  return out;
-}
 
 DEVICE int valid_keys(const Int8Params& p, int batch) {
   return p.key_lengths ? max(0, min(p.key_length, p.key_lengths[batch])) : p.key_length;
@@ -48,9 +29,6 @@ DEVICE Channels load_mean(const float* mean, int group) {
   for (int c = 0; c < 8; ++c) out.x[c] = mean[8 * group + c];
   return out;
 }
-
-// Largest magnitude as the bits of a float, so that infinities and NaN win.
-DEVICE u32 magnitude(float x) { return __float_as_uint(x) & 0x7fffffff; }
 
 // scale * code gives the value back. All zeros: scale 1; anything not finite: scale NaN. The reciprocal is 0 in both.
 struct Scale {
@@ -76,10 +54,6 @@ DEVICE uint2 pack_int8(const Channels& v, float reciprocal) {
   packed.y =
       __byte_perm(__byte_perm(rounded[4], rounded[5], 0x0040), __byte_perm(rounded[6], rounded[7], 0x0040), 0x5410);
   return packed;
-}
-
-DEVICE int swizzle(int row, int row_bytes) {
-  return row_bytes == 128 ? row & 7 : row_bytes == 64 ? row >> 1 & 3 : row >> 2 & 1;
 }
 
 // Byte offset of channels 8 * group.. of a row in an image with rows of HEAD_DIM bytes.

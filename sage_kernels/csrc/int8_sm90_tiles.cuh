@@ -35,7 +35,8 @@ struct Ring {
 struct Shared {
   u32 base;
   static constexpr int kKey = WARPGROUPS * kQueryBytes;
-  static_assert(!SHARE || (WARPGROUPS - 1) * 128 * 4 * (kColumns + 4) <= STAGES * kTileBytes, "a unit is merged in K's ring");
+  static_assert(!SHARE || (WARPGROUPS - 1) * 128 * 4 * (kColumns + 4) <= STAGES * kTileBytes,
+                "a unit is merged in K's ring");
   static constexpr int kValue = kKey + STAGES * kTileBytes;
   static constexpr int kParked = kValue + STAGES * (kTileBytes + kOnesBytes);
   static constexpr int kBarriers = kParked + WARPGROUPS * kParkedBytes;

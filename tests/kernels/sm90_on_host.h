@@ -33,6 +33,14 @@ struct float2 {
 struct float4 {
   float x, y, z, w;
 };
+struct uint2 {
+  u32 x, y;
+};
+struct uint4 {
+  u32 x, y, z, w;
+};
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static thread_local Dim threadIdx;
 static Dim blockIdx;
@@ -133,6 +141,11 @@ inline u32 to_bfloat16(float x) {
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 inline u32 pack_bfloat16(float low, float high) { return to_bfloat16(low) | to_bfloat16(high) << 16; }
+inline float from_float16(u16 bits) {
+  _Float16 x;
+  memcpy(&x, &bits, 2);
+  return x;
+}
 inline u32 pack_float16(float low, float high) {
   const _Float16 pair[2] = {_Float16(low), _Float16(high)};
   u32 packed;
@@ -161,6 +174,17 @@ inline bool __any_sync(u32 all, bool x) {
 inline float load_shared_float(u32 address) {
   float x;
   memcpy(&x, shared_memory + address, 4);
+  return x;
+}
+inline u32 load_shared_word(u32 address) {
+  u32 x;
+  memcpy(&x, shared_memory + address, 4);
+  return x;
+}
+inline void store_shared_word(u32 address, u32 x) { memcpy(shared_memory + address, &x, 4); }
+inline uint4 load_shared_words(u32 address) {
+  uint4 x;
+  memcpy(&x, shared_memory + address, 16);
   return x;
 }
 inline float4 load_shared(u32 address) {

@@ -21,12 +21,14 @@ class HostKernel:
 
     def __init__(self, variant, folder):
         texts = collect_sources(source_folder(), variant.source)
-        # Functions that are PTX are the host header's; they stand between these lines of training_sm90.cuh.
-        shared = texts["training_sm90.cuh"].replace('#include "sm90.cuh"', f'#include "{HEADER}"')
-        shared, cut = re.subn(r"(?s)DEVICE float2 load_shared_pair.*?(?=// S or its transpose)", "", shared)
-        source = texts[variant.source].replace('#include "training_sm90.cuh"', shared.replace("#pragma once", ""))
+        if "training_sm90.cuh" in texts:
+            # Functions that are PTX are the host header's; they stand between these lines.
+            texts["training_sm90.cuh"], cut = re.subn(
+                r"(?s)DEVICE float2 load_shared_pair.*?(?=// S or its transpose)", "", texts["training_sm90.cuh"]
+            )
+            assert cut == 1
+        source = self._with_headers(texts, variant.source)
         memory = "extern __shared__ __align__(1024) u8 memory[];"
-        assert cut == 1
         assert memory in source
         parameters = re.search(r"__grid_constant__ (\w+) p\)", source)[1]
         source = source.replace(memory, "u8* memory = shared_memory;")
@@ -41,6 +43,13 @@ class HostKernel:
             [find_compiler(), *options, str(path), "-o", str(path.with_suffix(".so"))], check=True, timeout=120
         )
         self._library = ctypes.CDLL(str(path.with_suffix(".so")))
+
+    def _with_headers(self, texts, name):
+        def read(match):
+            included = match[1]
+            return f'#include "{HEADER}"' if included == "sm90.cuh" else self._with_headers(texts, included)
+
+        return re.sub(r'#include "([^"]+)"', read, texts[name].replace("#pragma once", ""))
 
     def launch(self, grid, parameters):
         self._library.launch(ctypes.byref(parameters), grid[0])

@@ -227,13 +227,21 @@ def _kv_cache() -> tuple[KernelVariant, ...]:
 
 
 TRAINING_SM90_HEAD_DIMS = (64, 128)
-TRAINING_SM90_ENTRIES = ("training_sm90_forward", "training_sm90_key_value", "training_sm90_query")
+TRAINING_SM90_PREPARATIONS = ("training_sm90_quantize", "training_sm90_images")
+TRAINING_SM90_ENTRIES = (
+    "training_sm90_forward",
+    "training_sm90_key_value",
+    "training_sm90_query",
+    *TRAINING_SM90_PREPARATIONS,
+)
 TRAINING_SM90_KEYS = {64: 192, 128: 128}  # of a thread block of dK and dV, 64 for each warpgroup
 
 
 @lru_cache
 def training_sm90_variant(entry: str, head_dim: int, is_bfloat16: bool) -> KernelVariant:
-    """Trainable attention in INT8 on wgmma: the forward pass, or dK and dV, or dQ, as `entry` says."""
+    """Trainable attention in INT8 on wgmma: the forward pass, dK and dV, dQ, or what prepares them, as `entry` says."""
+    if entry in TRAINING_SM90_PREPARATIONS:
+        return _training_sm90_preparation(entry, head_dim, is_bfloat16)
     warpgroups = 2
     if entry == "training_sm90_key_value":  # K and V; Q, dO and their transposes; LSE, delta and scales; barriers
         keys, stages = TRAINING_SM90_KEYS[head_dim], {64: 8, 128: 4}[head_dim]
@@ -260,6 +268,27 @@ def training_sm90_variant(entry: str, head_dim: int, is_bfloat16: bool) -> Kerne
         mask="none",
         dtype="bfloat16" if is_bfloat16 else "float16",
         threads=128 * (warpgroups + 1),
+        shared_bytes=shared_bytes,
+        archs=("sm_90a",),
+    )
+
+
+def _training_sm90_preparation(entry: str, head_dim: int, is_bfloat16: bool) -> KernelVariant:
+    """Bandwidth-bound; 128 tokens a block."""
+    if entry == "training_sm90_quantize":  # a transposed tile; means and magnitudes of channels; maxima of warps
+        shared_bytes = 132 * head_dim + 8 * head_dim + 2 * 32
+    else:  # two transposed tiles; delta by warps; maxima of warps
+        shared_bytes = 2 * 68 * head_dim + head_dim // 32 * 512 + 3 * 32
+    return KernelVariant(
+        family=entry,
+        source=f"{entry}.cu",
+        entry=entry,
+        defines=(("HEAD_DIM", head_dim), ("BFLOAT16", int(is_bfloat16))),
+        head_dim=head_dim,
+        causal=False,
+        mask="none",
+        dtype="bfloat16" if is_bfloat16 else "float16",
+        threads=256,
         shared_bytes=shared_bytes,
         archs=("sm_90a",),
     )

@@ -10,7 +10,7 @@ class Saved:
     """What the forward pass leaves to the backward pass besides V and O. Padding is zero; block_d is D rounded up.
 
     For the kernels of sm90_backend, query, key and key_transposed hold tiles of query_tile or key_tile tokens whose
-    rows are swizzled by triton_kernels.numbers.store_tile.
+    rows are swizzled as csrc/sm90_channels.cuh says.
 
     Attributes:
         lse: float32 [B * H, Mq], of log2, without the mean key's part; infinite in rows of padding.

@@ -1,6 +1,6 @@
-"""The kernels that multiply, in CUDA for sm_90a: csrc/training_sm90_forward.cu, _key_value.cu and _query.cu.
+"""Trainable attention in CUDA for sm_90a: csrc/training_sm90_*.cu.
 
-Triton's kernels quantise to tiles that one copy brings to shared memory as the tensor cores read them.
+Two kernels lay out tiles that one copy brings to shared memory as the tensor cores read them, three multiply.
 """
 
 import ctypes
@@ -17,14 +17,16 @@ from sage_kernels.kernel_variants import (
     KernelVariant,
     training_sm90_variant,
 )
+from sage_kernels.kernels.tensor_layout import has_aligned_rows
 from sage_kernels.training.recipe import RECIPES
 from sage_kernels.training.saved import Saved
-from sage_kernels.training.triton_launch import on_device
 
 _TARGET = "sm_90a"
 _HEAD_DIMS = (64, 128)  # padded
 _HEAD_DIM_STEP = 8
-_QUERIES = 128  # of a thread block of dQ
+_QUERIES = 128  # of a thread block of the forward pass and of dQ
+_QUERY_TILES = 2  # of a thread block that prepares
+_ROW_FLOATS = 132  # kRowFloats of csrc/training_sm90.cuh
 
 
 class _Parameters(ctypes.Structure):
@@ -54,6 +56,33 @@ class _ForwardParameters(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "query_length", "key_length")),
         *((name, ctypes.c_int32) for name in ("query_tiles", "key_tiles", "head_dim", "is_causal")),
         ("softmax_scale", ctypes.c_float),
+    )
+
+
+class _QuantizeParameters(ctypes.Structure):
+    """TrainQuantizeParams of csrc/training_sm90_quantize.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in ("query", "key", "value", "sums", "highest", "lowest")),
+        *((name, ctypes.c_uint64) for name in ("query_codes", "query_scales", "key_codes", "key_scales")),
+        *((name, ctypes.c_uint64) for name in ("key_transposed", "channel_scales", "value_codes", "value_scales")),
+        *((name, ctypes.c_int64 * 3) for name in ("query_strides", "key_strides", "value_strides")),
+        *((name, ctypes.c_int32) for name in ("batch", "heads", "kv_heads", "query_length", "key_length")),
+        *((name, ctypes.c_int32) for name in ("query_tiles", "key_tiles", "head_dim", "pieces")),
+        ("query_sign", ctypes.c_float),
+    )
+
+
+class _ImagesParameters(ctypes.Structure):
+    """TrainImagesParams of csrc/training_sm90_images.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in ("d_output", "output", "value", "query", "query_scales", "lse")),
+        *((name, ctypes.c_uint64) for name in ("query_transposed", "d_output_image", "d_output_transposed")),
+        *((name, ctypes.c_uint64) for name in ("rows", "value_image")),
+        *((name, ctypes.c_int64 * 3) for name in ("d_output_strides", "output_strides", "value_strides")),
+        *((name, ctypes.c_int32) for name in ("batch", "heads", "kv_heads", "query_length", "key_length")),
+        *((name, ctypes.c_int32) for name in ("query_tiles", "key_tiles", "head_dim")),
     )
 
 
@@ -105,33 +134,107 @@ def attend(
         is_causal=is_causal,
         softmax_scale=abs(scale),
     )
-    kernel = _load(block_d, output.dtype, output.device)[0]
+    kernel = _load(block_d, output.dtype, output.device)["training_sm90_forward"]
     kernel.launch((batch * heads * -(-query_length // _QUERIES), 1, 1), parameters)
+
+
+def quantize(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    statistics: Tensor,
+    saved: Saved,
+    value_codes: Tensor,
+    value_scales: Tensor,
+    query_sign: float,
+) -> None:
+    """Fill `saved` but for its LSE, and the codes and scales of V.
+
+    Args:
+        q, k, v: [B, H, Nq, D] and [B, Hkv, Nk, D].
+        statistics: float32 [3, B * Hkv, pieces, block_d]: sums, largest and smallest of K's channels over pieces of it.
+        saved, value_codes, value_scales: what to fill.
+        query_sign: of the softmax scale; it goes into the codes of Q.
+    """
+    q, k, v = (_with_aligned_rows(x) for x in (q, k, v))
+    batch, heads, query_length, head_dim = q.shape
+    kv_heads, key_length = k.shape[1:3]
+    query_tiles, key_tiles = saved.query_scales.shape[1], saved.key_scales.shape[1]
+    tensors = {
+        "query": q,
+        "key": k,
+        "value": v,
+        **dict(zip(("sums", "highest", "lowest"), statistics, strict=True)),
+        "query_codes": saved.query,
+        "query_scales": saved.query_scales,
+        "key_codes": saved.key,
+        "key_scales": saved.key_scales,
+        "key_transposed": saved.key_transposed,
+        "channel_scales": saved.channel_scales,
+        "value_codes": value_codes,
+        "value_scales": value_scales,
+    }
+    parameters = _QuantizeParameters(
+        **{name: x.data_ptr() for name, x in tensors.items()},
+        query_strides=q.stride()[:3],
+        key_strides=k.stride()[:3],
+        value_strides=v.stride()[:3],
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        query_length=query_length,
+        key_length=key_length,
+        query_tiles=query_tiles,
+        key_tiles=key_tiles,
+        head_dim=head_dim,
+        pieces=statistics.shape[2],
+        query_sign=query_sign,
+    )
+    blocks = 2 * batch * kv_heads * key_tiles + batch * heads * -(-query_tiles // _QUERY_TILES)
+    _load(saved.query.shape[2], q.dtype, q.device)["training_sm90_quantize"].launch((blocks, 1, 1), parameters)
 
 
 def make_images(d_output: Tensor, v: Tensor, output: Tensor, saved: Saved) -> dict[str, Tensor]:
     """Tiles that the backward kernels need besides `saved`, by the names of their parameters."""
-    from sage_kernels.training.triton_kernels import images  # noqa: PLC0415 Triton is imported by the first call
-
-    recipe = RECIPES["int8"]
+    d_output, v, output = (_with_aligned_rows(x) for x in (d_output, v, output))
     batch, heads, query_length, head_dim = output.shape
     kv_heads, key_length = v.shape[1:3]
     query_tiles, key_tiles = saved.query_scales.shape[1], saved.key_scales.shape[1]
     result = {name: torch.empty_like(saved.query) for name in ("query_transposed", "d_output_transposed")}
     result["d_output"] = torch.empty_like(saved.query, dtype=d_output.dtype)
     result["value"] = torch.empty_like(saved.key, dtype=v.dtype)
-    result["rows"] = saved.lse.new_empty((batch * heads * query_tiles, images.ROW_FLOATS.value))
-    query_programs = batch * heads * query_tiles
-    with on_device(v.device):
-        images.prepare_images[(query_programs + batch * kv_heads * key_tiles,)](
-            d_output, output, v, saved.query, saved.query_scales, saved.lse, result["query_transposed"],
-            result["d_output"], result["d_output_transposed"], result["rows"], result["value"],
-            *d_output.stride(), *output.stride(), *v.stride(),
-            heads, kv_heads, query_length, key_length, query_tiles, key_tiles, query_programs,
-            HEAD_DIM=head_dim, BLOCK_D=saved.query.shape[2], QUERY_TILE=recipe.query_tile, KEY_TILE=recipe.key_tile,
-            num_warps=4,
-        )  # fmt: skip
+    result["rows"] = saved.lse.new_empty((batch * heads * query_tiles, _ROW_FLOATS))
+    parameters = _ImagesParameters(
+        d_output=d_output.data_ptr(),
+        output=output.data_ptr(),
+        value=v.data_ptr(),
+        query=saved.query.data_ptr(),
+        query_scales=saved.query_scales.data_ptr(),
+        lse=saved.lse.data_ptr(),
+        query_transposed=result["query_transposed"].data_ptr(),
+        d_output_image=result["d_output"].data_ptr(),
+        d_output_transposed=result["d_output_transposed"].data_ptr(),
+        rows=result["rows"].data_ptr(),
+        value_image=result["value"].data_ptr(),
+        d_output_strides=d_output.stride()[:3],
+        output_strides=output.stride()[:3],
+        value_strides=v.stride()[:3],
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        query_length=query_length,
+        key_length=key_length,
+        query_tiles=query_tiles,
+        key_tiles=key_tiles,
+        head_dim=head_dim,
+    )
+    blocks = batch * heads * -(-query_tiles // _QUERY_TILES) + batch * kv_heads * key_tiles
+    _load(saved.query.shape[2], v.dtype, v.device)["training_sm90_images"].launch((blocks, 1, 1), parameters)
     return result
+
+
+def _with_aligned_rows(x: Tensor) -> Tensor:
+    return x if has_aligned_rows(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def backward(
@@ -168,10 +271,10 @@ def backward(
         query_sign=-1.0 if scale < 0 else 1.0,
     )
     block_d = saved.query.shape[2]
-    _, key_value, query = _load(block_d, v.dtype, v.device)
+    kernels = _load(block_d, v.dtype, v.device)
     key_blocks = -(-key_tiles * RECIPES["int8"].key_tile // TRAINING_SM90_KEYS[block_d])
-    key_value.launch((batch * kv_heads * key_blocks, 1, 1), parameters)
-    query.launch((batch * heads * -(-query_length // _QUERIES), 1, 1), parameters)
+    kernels["training_sm90_key_value"].launch((batch * kv_heads * key_blocks, 1, 1), parameters)
+    kernels["training_sm90_query"].launch((batch * heads * -(-query_length // _QUERIES), 1, 1), parameters)
     return d_query, d_key, d_value
 
 
@@ -180,5 +283,5 @@ def _variants(block_d: int, dtype: torch.dtype) -> tuple[KernelVariant, ...]:
 
 
 @lru_cache
-def _load(block_d: int, dtype: torch.dtype, device: torch.device) -> tuple[LoadedKernel, ...]:
-    return tuple(load_kernel(variant, device) for variant in _variants(block_d, dtype))
+def _load(block_d: int, dtype: torch.dtype, device: torch.device) -> dict[str, LoadedKernel]:
+    return {variant.entry: load_kernel(variant, device) for variant in _variants(block_d, dtype)}

@@ -1,6 +1,6 @@
 """Launches of the Triton training kernels: three for the forward pass, three for the backward pass.
 
-Those that multiply give way to sm90_backend's where it serves the call, unless a config is given.
+All but the first, sum_keys, give way to sm90_backend's where it serves the call, unless a config is given.
 
 Triton is imported by the first call: it may be missing (Windows, CPU builds of torch), and it is slow to load.
 """
@@ -75,6 +75,10 @@ def forward(
             k, *partials, *k.stride(), kv_heads, key_length, -(-steps // _CHUNKS),
             HEAD_DIM=head_dim, BLOCK_D=block_d, ROWS=rows, CHUNKS=_CHUNKS, num_warps=8,
         )  # fmt: skip
+        if in_cuda:
+            sm90_backend.quantize(q, k, v, partials, saved, value_codes, value_scales, _sign(scale))
+            sm90_backend.attend(saved, value_codes, value_scales, output, key_length, is_causal, scale)
+            return saved
         query_programs = batch * heads * query_tiles
         quantize.quantize_inputs[(query_programs + batch * kv_heads * key_tiles,)](
             q, k, v, *partials, saved.query, saved.query_scales, saved.key, saved.key_scales,
@@ -82,11 +86,8 @@ def forward(
             *q.stride(), *k.stride(), *v.stride(), heads, kv_heads, query_length, key_length,
             query_tiles, key_tiles, query_programs, _sign(scale),
             HEAD_DIM=head_dim, BLOCK_D=block_d, QUERY_TILE=recipe.query_tile, KEY_TILE=recipe.key_tile, CHUNKS=_CHUNKS,
-            FP8=fp8, SWIZZLED=in_cuda, num_warps=8,
+            FP8=fp8, num_warps=8,
         )  # fmt: skip
-        if in_cuda:
-            sm90_backend.attend(saved, value_codes, value_scales, output, key_length, is_causal, scale)
-            return saved
         blocks = -(-query_length // config.forward.block_m)
         kernels.attend[(batch * heads * blocks,)](
             saved.query, saved.query_scales, saved.key, saved.key_scales, value_codes, value_scales, output, saved.lse,

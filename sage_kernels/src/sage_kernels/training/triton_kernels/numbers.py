@@ -53,22 +53,10 @@ def permute_columns(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def swizzled(rows, chunks, ROW_BYTES: tl.constexpr):
-    """Byte at which each chunk of 16 bytes of a row of 64 or 128 starts, where Hopper's tensor cores look for it."""
-    key = rows % 8 if ROW_BYTES == 128 else rows // 2 % 4
-    return rows * ROW_BYTES + (chunks ^ key) * 16
-
-
-@triton.jit
-def store_tile(codes, place, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr, SWIZZLED: tl.constexpr):
+def store_tile(codes, place, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr):
     """Codes [ROWS, ROW_BYTES] as one contiguous tile."""
-    if SWIZZLED:
-        rows, chunks = tl.arange(0, ROWS)[:, None, None], tl.arange(0, ROW_BYTES // 16)[None, :, None]
-        offsets = swizzled(rows, chunks, ROW_BYTES) + tl.arange(0, 16)[None, None, :]
-        tl.store(place + offsets, tl.reshape(codes, [ROWS, ROW_BYTES // 16, 16]))
-    else:
-        offsets = tl.arange(0, ROWS)[:, None] * ROW_BYTES + tl.arange(0, ROW_BYTES)[None, :]
-        tl.store(place + offsets, codes)
+    offsets = tl.arange(0, ROWS)[:, None] * ROW_BYTES + tl.arange(0, ROW_BYTES)[None, :]
+    tl.store(place + offsets, codes)
 
 
 @triton.jit

@@ -99,9 +99,8 @@ def quantize_inputs(
     KEY_TILE: tl.constexpr,
     CHUNKS: tl.constexpr,
     FP8: tl.constexpr,
-    SWIZZLED: tl.constexpr,
 ):
-    """One tile of Q (the first query_programs), or one of K and of V; tiles as store_tile lays them out."""
+    """One tile of Q (the first query_programs), or one of K and of V."""
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK_D)
     if program < query_programs:
@@ -111,7 +110,7 @@ def quantize_inputs(
         x = load_rows(query, rows, query_row_stride, columns, query_column_stride, rows < query_length, HEAD_DIM)
         codes, scale = quantize_tile(x * query_sign, FP8)
         place = (head * query_tiles + tile) * QUERY_TILE * BLOCK_D
-        store_tile(codes, query_codes + place, QUERY_TILE, BLOCK_D, SWIZZLED)
+        store_tile(codes, query_codes + place, QUERY_TILE, BLOCK_D)
         tl.store(query_scales + head * query_tiles + tile + tl.arange(0, 1), scale)
     else:
         program -= query_programs
@@ -126,7 +125,7 @@ def quantize_inputs(
         keys = load_rows(key, key_rows, key_row_stride, columns, key_column_stride, valid, HEAD_DIM)
         codes_of_key, scale = quantize_tile(tl.where(valid[:, None], keys - mean[None, :], 0.0), FP8)
         place = (head * key_tiles + tile) * KEY_TILE * BLOCK_D
-        store_tile(codes_of_key, key_codes + place, KEY_TILE, BLOCK_D, SWIZZLED)
+        store_tile(codes_of_key, key_codes + place, KEY_TILE, BLOCK_D)
         tl.store(key_scales + head * key_tiles + tile + tl.arange(0, 1), scale)
 
         # dS K sums over keys, so that K can have a scale for each channel there: all keys share it.
@@ -139,14 +138,14 @@ def quantize_inputs(
         keys = load_rows(key, key_rows, key_row_stride, columns, key_column_stride, valid, HEAD_DIM)
         keys = tl.where(valid[:, None], keys - mean[None, :], 0.0)
         codes_of_key, scales = quantize_with(keys, absmax[None, :], FP8)
-        store_tile(tl.trans(codes_of_key), key_transposed + place, BLOCK_D, KEY_TILE, SWIZZLED)
+        store_tile(tl.trans(codes_of_key), key_transposed + place, BLOCK_D, KEY_TILE)
         if tile == 0:
             tl.store(channel_scales + head * BLOCK_D + columns[None, :], scales)
 
         value += batch * value_batch_stride + kv_head * value_head_stride
         values = load_rows(value, key_rows, value_row_stride, columns, value_column_stride, valid, HEAD_DIM)
         codes_of_value, scale = quantize_tile(values, FP8)
-        store_tile(tl.trans(codes_of_value), value_codes + place, BLOCK_D, KEY_TILE, SWIZZLED)
+        store_tile(tl.trans(codes_of_value), value_codes + place, BLOCK_D, KEY_TILE)
         tl.store(value_scales + head * key_tiles + tile + tl.arange(0, 1), scale)
 
 
@@ -194,6 +193,6 @@ def prepare_backward(
     scale += tl.sum(row_sums, 0) * 0.0
     tl.store(d_output_scales + head * query_tiles + tile + tl.arange(0, 1), scale)
     base = (head * query_tiles + tile) * QUERY_TILE * BLOCK_D
-    store_tile(tl.trans(codes), d_output_codes + base, BLOCK_D, QUERY_TILE, False)
+    store_tile(tl.trans(codes), d_output_codes + base, BLOCK_D, QUERY_TILE)
     q = tl.load(query_codes + base + lanes[:, None] * BLOCK_D + columns[None, :])
-    store_tile(tl.trans(q), query_transposed + base, BLOCK_D, QUERY_TILE, False)
+    store_tile(tl.trans(q), query_transposed + base, BLOCK_D, QUERY_TILE)

@@ -1,0 +1,168 @@
+// What the backward kernels for sm_90a read besides what the forward pass saved: dO and V in 16 bits and dO in INT8 as
+// tiles, Q and dO transposed, delta = rowsum(dO * O) (SageAttention3, algorithm 3). Bound by memory bandwidth.
+#include "training_sm90_tiles.cuh"
+
+struct TrainImagesParams {
+  const u16* d_output;  // [B, H, Nq, D]; D contiguous, rows aligned to 16 bytes; strides in elements: batch, head, row
+  const u16* output;
+  const u16* value;           // [B, Hkv, Nk, D]
+  const u8* query;            // [B * H, query_tiles][64][HEAD_DIM]: codes
+  const float* query_scales;  // [B * H, query_tiles]
+  const float* lse;           // [B * H, query_tiles][64]
+  u8* query_transposed;       // [B * H, query_tiles][HEAD_DIM][64]
+  u16* d_output_image;        // [B * H, query_tiles][HEAD_DIM / 64][64][64]
+  u8* d_output_transposed;    // [B * H, query_tiles][HEAD_DIM][64]: codes
+  float* rows;                // [B * H, query_tiles][kRowFloats]
+  u16* value_image;           // [B * Hkv, key_tiles][HEAD_DIM / 64][128][64]
+  i64 d_output_strides[3];
+  i64 output_strides[3];
+  i64 value_strides[3];
+  int batch, heads, kv_heads, query_length, key_length, query_tiles, key_tiles, head_dim;
+};
+
+constexpr int kRowFloats = 132;  // of a query tile: LSE and delta of 64 rows, scales of Q and of dO, two unused
+
+struct Shared {
+  u32 base;
+  DEVICE Transposed<kQueryTile> transposed(int half) const { return {base + half * Transposed<kQueryTile>::kBytes}; }
+  DEVICE u32 deltas(int set) const { return base + kHalves * Transposed<kQueryTile>::kBytes + set * kTokens * 4; }
+  DEVICE u32 scratch(int i) const { return deltas(kSets) + 4 * kWarps * i; }
+};
+
+// Of both tiles, as far as there are two.
+DEVICE void store_transposed(const Shared& shared, u8* image, int tiles) {
+  __syncthreads();
+  for (int half = 0; half < min(tiles, kHalves); ++half)
+    shared.transposed(half).store(image + half * kQueryTile * HEAD_DIM);
+}
+
+// The codes of Q, which the forward pass saved.
+DEVICE void transpose_queries(const u8* image, const Shared& shared, const Place& at, int tiles) {
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) {
+    const int half = at.half(round);
+    if (half >= tiles) continue;
+    uint2 raw[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = at.token(round, i) % kQueryTile;
+      raw[i] = *reinterpret_cast<const uint2*>(image + (half * kQueryTile + token) * HEAD_DIM +
+                                               ((at.group / 2 ^ swizzle(token, HEAD_DIM)) << 4) + at.group % 2 * 8);
+    }
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      const u32 words[4] = {c < 4 ? raw[0].x : raw[0].y, c < 4 ? raw[1].x : raw[1].y, c < 4 ? raw[2].x : raw[2].y,
+                            c < 4 ? raw[3].x : raw[3].y};
+      const u32 selector = c % 4 | (4 + c % 4) << 4;
+      shared.transposed(half).put(
+          8 * at.group + c, (at.chunk + kChunkStep * round) % 4, at.quad,
+          __byte_perm(__byte_perm(words[0], words[1], selector), __byte_perm(words[2], words[3], selector), 0x5410));
+    }
+  }
+}
+
+DEVICE void prepare_queries(const TrainImagesParams& p, const Shared& shared, const Place& at, i64 head, int pair) {
+  const int tiles = p.query_tiles - pair * kHalves;
+  const i64 first_tile = head * p.query_tiles + pair * kHalves;
+  const i64 batch = head / p.heads, query_head = head % p.heads;
+  uint4 raw[kRounds][4];
+  load_tokens(raw, p.d_output + batch * p.d_output_strides[0] + query_head * p.d_output_strides[1],
+              p.d_output_strides[2], pair * kTokens, p.query_length, p.head_dim, at);
+  u32 largest[kHalves] = {};
+  {
+    uint4 output[kRounds][4];
+    load_tokens(output, p.output + batch * p.output_strides[0] + query_head * p.output_strides[1], p.output_strides[2],
+                pair * kTokens, p.query_length, p.head_dim, at);
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Channels gradient = unpack(raw[round][i]), x = unpack(output[round][i]);
+        float delta = 0.f;
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          delta = fmaf(gradient.x[c], x.x[c], delta);
+#pragma unroll
+          for (int half = 0; half < kHalves; ++half)
+            if (at.half(round) == half) largest[half] = max(largest[half], magnitude(gradient.x[c]));
+        }
+        delta += __shfl_xor_sync(~0u, delta, 1);
+        delta += __shfl_xor_sync(~0u, delta, 2);
+        if (threadIdx.x % 4 == 0)
+          store_shared_word(shared.deltas(at.group / 4) + 4 * at.token(round, i), __float_as_uint(delta));
+        if (at.half(round) < tiles)
+          store_16bit<kQueryTile>(p.d_output_image + (first_tile + at.half(round)) * kQueryTile * HEAD_DIM,
+                                  at.token(round, i) % kQueryTile, at.group, raw[round][i]);
+      }
+  }
+#pragma unroll
+  for (int half = 0; half < kHalves; ++half) largest[half] = block_maximum(largest[half], shared.scratch(half));
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) {
+    const Scale scale = make_scale(at.half(round) == 0 ? largest[0] : largest[1]);
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      u32 codes[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) codes[i] = find_code(unpack(raw[round][i]).x[c], scale);
+      shared.transposed(at.half(round))
+          .put(8 * at.group + c, (at.chunk + kChunkStep * round) % 4, at.quad,
+               low_bytes(codes[0], codes[1], codes[2], codes[3]));
+    }
+  }
+  store_transposed(shared, p.d_output_transposed + first_tile * kQueryTile * HEAD_DIM, tiles);
+  // A warp for 32 rows each. A NaN of V reaches dK only through delta, and the maxima of the backward kernels pass over
+  // it: the scale of dO carries it there.
+  if (threadIdx.x < kTokens) {
+    const int half = threadIdx.x / kQueryTile, row = threadIdx.x % kQueryTile;
+    float delta = 0.f;
+#pragma unroll
+    for (int set = 0; set < kSets; ++set)
+      delta += __uint_as_float(load_shared_word(shared.deltas(set) + 4 * threadIdx.x));
+    const bool is_bad = __any_sync(~0u, magnitude(delta) >= 0x7f800000);
+    if (threadIdx.x % 32 == 0) store_shared_word(shared.scratch(kHalves) + threadIdx.x / 32 * 4, is_bad);
+    if (half < tiles) {
+      float* rows = p.rows + (first_tile + half) * kRowFloats;
+      rows[row] = p.lse[(first_tile + half) * kQueryTile + row];
+      rows[kQueryTile + row] = delta;
+    }
+  }
+  __syncthreads();  // the transposed tiles were read, too
+  if (threadIdx.x < min(tiles, kHalves)) {
+    const u32 bad = load_shared_word(shared.scratch(kHalves) + threadIdx.x * 8) |
+                    load_shared_word(shared.scratch(kHalves) + threadIdx.x * 8 + 4);
+    const float scale = make_scale(threadIdx.x == 0 ? largest[0] : largest[1]).scale;
+    float* rows = p.rows + (first_tile + threadIdx.x) * kRowFloats + 2 * kQueryTile;
+    rows[0] = p.query_scales[first_tile + threadIdx.x];
+    rows[1] = bad ? __uint_as_float(0x7fc00000) : scale;
+  }
+  transpose_queries(p.query + first_tile * kQueryTile * HEAD_DIM, shared, at, tiles);
+  store_transposed(shared, p.query_transposed + first_tile * kQueryTile * HEAD_DIM, tiles);
+}
+
+DEVICE void prepare_values(const TrainImagesParams& p, const Place& at, i64 head, int tile) {
+  uint4 raw[kRounds][4];
+  load_tokens(raw, p.value + head / p.kv_heads * p.value_strides[0] + head % p.kv_heads * p.value_strides[1],
+              p.value_strides[2], tile * kTokens, p.key_length, p.head_dim, at);
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      store_16bit<kTokens>(p.value_image + (head * p.key_tiles + tile) * kTokens * HEAD_DIM, at.token(round, i),
+                           at.group, raw[round][i]);
+}
+
+// Grid: B * H * ceil(query_tiles / 2), then B * Hkv * key_tiles.
+extern "C" __global__ void __launch_bounds__(kThreads, 3)
+    training_sm90_images(const __grid_constant__ TrainImagesParams p) {
+  extern __shared__ __align__(1024) u8 memory[];
+  const Shared shared{shared_address(memory)};
+  const Place at;
+  const int query_pairs = ceil_div(p.query_tiles, kHalves), query_blocks = p.batch * p.heads * query_pairs;
+  if (blockIdx.x < query_blocks) {
+    prepare_queries(p, shared, at, blockIdx.x / query_pairs, blockIdx.x % query_pairs);
+  } else {
+    const int index = blockIdx.x - query_blocks;
+    prepare_values(p, at, index / p.key_tiles, index % p.key_tiles);
+  }
+}
