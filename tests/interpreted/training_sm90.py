@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sage_kernels.architectures import find_architecture
+from sage_kernels.driver import TENSOR_MAP
 from sage_kernels.kernel_variants import TRAINING_SM90_ENTRIES, training_sm90_variant
 from sage_kernels.training import sm90_backend
 from sage_kernels.training.configs import find_config
@@ -35,11 +36,18 @@ def kernels(tmp_path_factory):
     return load
 
 
+def tensor_map(x):
+    """What tests/kernels/sm90_on_host.h copies by: address, sizes and strides, the fastest axis first."""
+    strides = [2 * stride for stride in x.stride()]
+    return TENSOR_MAP(x.data_ptr(), *x.shape[::-1], *strides[2::-1])
+
+
 @pytest.fixture(autouse=True)
 def as_on_gpus(monkeypatch, kernels):
     round_as_gpus_do(monkeypatch)
     multiply_bfloat16(monkeypatch)
     monkeypatch.setattr(sm90_backend, "_load", kernels)
+    monkeypatch.setattr(sm90_backend, "_tensor_map", tensor_map)
     monkeypatch.setattr(sm90_backend, "serves", lambda *call: True)
 
 

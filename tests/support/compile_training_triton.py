@@ -40,7 +40,7 @@ def main():
         if (major, minor) == (9, 0):
             sm90_backend.serves, sm90_backend.attend = lambda *call: True, lambda *call: None
             saved = triton_backend.forward(*tensors[:3], torch.empty_like(tensors[0]), is_causal, 0.1, precision)
-            sm90_backend.make_images(tensors[3], tensors[2], tensors[0], saved)
+            sm90_backend.make_images(tensors[3], tensors[0], saved)
         for name, binary in compiled:
             case = f"{precision} D{head_dim}"
             print(json.dumps({"kernel": name, "case": case, "shared": binary.metadata.shared}), flush=True)

@@ -23,7 +23,7 @@ class HostKernel:
         texts = collect_sources(source_folder(), variant.source)
         # Functions that are PTX are the host header's; they stand between these lines of training_sm90.cuh.
         shared = texts["training_sm90.cuh"].replace('#include "sm90.cuh"', f'#include "{HEADER}"')
-        shared, cut = re.subn(r"(?s)DEVICE float2 load_shared_pair.*?(?=// S or its transpose)", "", shared)
+        shared, cut = re.subn(r"(?s)DEVICE float2 load_shared_pair.*?(?=// matrix_descriptor of)", "", shared)
         source = texts[variant.source].replace('#include "training_sm90.cuh"', shared.replace("#pragma once", ""))
         memory = "extern __shared__ __align__(1024) u8 memory[];"
         assert cut == 1

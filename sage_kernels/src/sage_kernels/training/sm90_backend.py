@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sage_kernels.architectures import device_architecture
 from sage_kernels.cubin_loader import LoadedKernel, load_kernel, loading_obstacle
+from sage_kernels.driver import TENSOR_MAP, cuda_driver
 from sage_kernels.kernel_variants import (
     TRAINING_SM90_ENTRIES,
     TRAINING_SM90_KEYS,
@@ -31,11 +32,9 @@ class _Parameters(ctypes.Structure):
     """csrc/training_sm90.cuh."""
 
     _fields_ = (
-        *((name, ctypes.c_uint64) for name in ("query", "query_transposed", "d_output", "d_output_transposed")),
-        *(
-            (name, ctypes.c_uint64)
-            for name in ("rows", "key", "key_transposed", "value", "key_scales", "channel_scales")
-        ),
+        *((name, TENSOR_MAP) for name in ("d_output", "value")),
+        *((name, ctypes.c_uint64) for name in ("query", "query_transposed", "d_output_transposed", "rows")),
+        *((name, ctypes.c_uint64) for name in ("key", "key_transposed", "key_scales", "channel_scales")),
         *((name, ctypes.c_uint64) for name in ("d_query", "d_key", "d_value")),
         *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "query_length", "key_length")),
         *((name, ctypes.c_int32) for name in ("query_tiles", "key_tiles", "head_dim", "is_causal")),
@@ -109,29 +108,36 @@ def attend(
     kernel.launch((batch * heads * -(-query_length // _QUERIES), 1, 1), parameters)
 
 
-def make_images(d_output: Tensor, v: Tensor, output: Tensor, saved: Saved) -> dict[str, Tensor]:
+def make_images(d_output: Tensor, output: Tensor, saved: Saved) -> dict[str, Tensor]:
     """Tiles that the backward kernels need besides `saved`, by the names of their parameters."""
     from sage_kernels.training.triton_kernels import images  # noqa: PLC0415 Triton is imported by the first call
 
-    recipe = RECIPES["int8"]
     batch, heads, query_length, head_dim = output.shape
-    kv_heads, key_length = v.shape[1:3]
-    query_tiles, key_tiles = saved.query_scales.shape[1], saved.key_scales.shape[1]
+    query_tiles = saved.query_scales.shape[1]
     result = {name: torch.empty_like(saved.query) for name in ("query_transposed", "d_output_transposed")}
-    result["d_output"] = torch.empty_like(saved.query, dtype=d_output.dtype)
-    result["value"] = torch.empty_like(saved.key, dtype=v.dtype)
     result["rows"] = saved.lse.new_empty((batch * heads * query_tiles, images.ROW_FLOATS.value))
-    query_programs = batch * heads * query_tiles
-    with on_device(v.device):
-        images.prepare_images[(query_programs + batch * kv_heads * key_tiles,)](
-            d_output, output, v, saved.query, saved.query_scales, saved.lse, result["query_transposed"],
-            result["d_output"], result["d_output_transposed"], result["rows"], result["value"],
-            *d_output.stride(), *output.stride(), *v.stride(),
-            heads, kv_heads, query_length, key_length, query_tiles, key_tiles, query_programs,
-            HEAD_DIM=head_dim, BLOCK_D=saved.query.shape[2], QUERY_TILE=recipe.query_tile, KEY_TILE=recipe.key_tile,
-            num_warps=4,
+    with on_device(output.device):
+        images.prepare_images[(batch * heads * query_tiles,)](
+            d_output, output, saved.query, saved.query_scales, saved.lse, result["query_transposed"],
+            result["d_output_transposed"], result["rows"], *d_output.stride(), *output.stride(),
+            heads, query_length, query_tiles,
+            HEAD_DIM=head_dim, BLOCK_D=saved.query.shape[2], QUERY_TILE=RECIPES["int8"].query_tile, num_warps=4,
         )  # fmt: skip
     return result
+
+
+def _mappable(x: Tensor) -> Tensor:
+    """x, or a copy where its strides are not those that tensor maps can have."""
+    steps = [stride for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
+    is_aligned = x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in steps)
+    return x if x.stride(3) == 1 and is_aligned else x.contiguous()
+
+
+def _tensor_map(x: Tensor) -> "ctypes.Array[ctypes.c_uint64]":
+    """Of [B, H, N, D] in 16 bits, for boxes of 64 rows and 64 channels, swizzled."""
+    batch, heads, rows, head_dim = x.shape
+    strides = [2 * (stride if size > 1 else head_dim) for stride, size in zip(x.stride(), x.shape, strict=True)]
+    return cuda_driver().tensor_map(x.data_ptr(), (head_dim, rows, heads, batch), strides[2::-1], (64, 64, 1, 1))
 
 
 def backward(
@@ -143,7 +149,8 @@ def backward(
     query_tiles, key_tiles = saved.query_scales.shape[1], saved.key_scales.shape[1]
     d_query = torch.empty(output.shape, dtype=v.dtype, device=v.device)
     d_key, d_value = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for _ in range(2))
-    tensors = make_images(d_output, v, output, saved)
+    d_output, v = _mappable(d_output), _mappable(v)
+    tensors = make_images(d_output, output, saved)
     tensors |= {
         "query": saved.query,
         "key": saved.key,
@@ -155,6 +162,8 @@ def backward(
         "d_value": d_value,
     }
     parameters = _Parameters(
+        d_output=_tensor_map(d_output),
+        value=_tensor_map(v),
         **{name: x.data_ptr() for name, x in tensors.items()},
         heads=heads,
         kv_heads=kv_heads,

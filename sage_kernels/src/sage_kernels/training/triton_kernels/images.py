@@ -9,7 +9,7 @@ import triton.language as tl
 
 from sage_kernels.training.triton_kernels.numbers import load_rows, permuted, quantize_tile, store_tile, swizzled
 
-ROW_FLOATS = tl.constexpr(132)  # LSE and delta of 64 queries, the scales of Q and of dO, two unused
+ROW_FLOATS = tl.constexpr(132)  # LSE and -delta of 64 queries, the scales of Q and of dO, two unused
 
 
 @triton.jit
@@ -20,43 +20,16 @@ def _load_tile(image, rows, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr):
     return tl.reshape(codes, [ROWS, ROW_BYTES])
 
 
-@triton.jit
-def _copy_16bit(
-    source,
-    image,
-    first,
-    length,
-    row_stride,
-    column_stride,
-    HEAD_DIM: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Rows from `first` of a strided matrix as slabs [TILE, 64]; zero where there is nothing."""
-    rows, chunks = tl.arange(0, TILE)[:, None, None], tl.arange(0, BLOCK_D // 8)[None, :, None]
-    lanes = tl.arange(0, 8)[None, None, :]
-    columns = chunks * 8 + lanes
-    offsets = (first + rows).to(tl.int64) * row_stride + columns.to(tl.int64) * column_stride
-    values = tl.load(source + offsets, mask=(first + rows < length) & (columns < HEAD_DIM), other=0.0)
-    tl.store(image + chunks // 8 * (TILE * 64) + swizzled(rows, chunks % 8, 128) // 2 + lanes, values)
-
-
-_SIZES = ["heads", "kv_heads", "query_length", "key_length", "query_tiles", "key_tiles", "query_programs"]
-
-
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=["heads", "query_length", "query_tiles"])
 def prepare_images(
     d_output,
     output,
-    value,
     query,
     query_scales,
     lse,
     query_transposed,
-    d_output_image,
     d_output_transposed,
     row_image,
-    value_image,
     d_output_batch_stride,
     d_output_head_stride,
     d_output_row_stride,
@@ -65,59 +38,36 @@ def prepare_images(
     output_head_stride,
     output_row_stride,
     output_column_stride,
-    value_batch_stride,
-    value_head_stride,
-    value_row_stride,
-    value_column_stride,
     heads,
-    kv_heads,
     query_length,
-    key_length,
     query_tiles,
-    key_tiles,
-    query_programs,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     QUERY_TILE: tl.constexpr,
-    KEY_TILE: tl.constexpr,
 ):
-    """One tile of dO, O and Q (the first query_programs), or one of V; as quantize.prepare_backward."""
-    program = tl.program_id(0)
+    """One tile of dO, O and Q; as quantize.prepare_backward."""
+    index = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
-    if program < query_programs:
-        tile, index = program % query_tiles, program.to(tl.int64)
-        head = index // query_tiles
-        batch, query_head = head // heads, head % heads
-        lanes = permuted(tl.arange(0, QUERY_TILE))
-        rows = tile * QUERY_TILE + lanes
-        valid = rows < query_length
-        d_output += batch * d_output_batch_stride + query_head * d_output_head_stride
-        output += batch * output_batch_stride + query_head * output_head_stride
-        d_out = load_rows(d_output, rows, d_output_row_stride, columns, d_output_column_stride, valid, HEAD_DIM)
-        out = load_rows(output, rows, output_row_stride, columns, output_column_stride, valid, HEAD_DIM)
-        row_sums = tl.sum(d_out * out, 1)
-        codes, scale = quantize_tile(d_out, False)
-        # A NaN of V reaches dK only through delta, and the maxima of the backward kernels pass over it.
-        scale += tl.sum(row_sums, 0) * 0.0
-        row_image += index * ROW_FLOATS
-        tl.store(row_image + lanes, tl.load(lse + index * QUERY_TILE + lanes))
-        tl.store(row_image + QUERY_TILE + lanes, row_sums)
-        one = tl.arange(0, 1)
-        tl.store(row_image + 2 * QUERY_TILE + one, tl.load(query_scales + index + one))
-        tl.store(row_image + 2 * QUERY_TILE + 1 + one, scale)
-        base = index * (QUERY_TILE * BLOCK_D)
-        store_tile(tl.trans(codes), d_output_transposed + base, BLOCK_D, QUERY_TILE, True)
-        q = _load_tile(query + base, lanes, QUERY_TILE, BLOCK_D)
-        store_tile(tl.trans(q), query_transposed + base, BLOCK_D, QUERY_TILE, True)
-        _copy_16bit(
-            d_output, d_output_image + base, tile * QUERY_TILE, query_length, d_output_row_stride,
-            d_output_column_stride, HEAD_DIM, QUERY_TILE, BLOCK_D,
-        )  # fmt: skip
-    else:
-        key_index = (program - query_programs).to(tl.int64)
-        key_tile, key_head = (key_index % key_tiles).to(tl.int32), key_index // key_tiles
-        value += key_head // kv_heads * value_batch_stride + key_head % kv_heads * value_head_stride
-        _copy_16bit(
-            value, value_image + key_index * (KEY_TILE * BLOCK_D), key_tile * KEY_TILE, key_length, value_row_stride,
-            value_column_stride, HEAD_DIM, KEY_TILE, BLOCK_D,
-        )  # fmt: skip
+    tile, head = (index % query_tiles).to(tl.int32), index // query_tiles
+    batch, query_head = head // heads, head % heads
+    lanes = permuted(tl.arange(0, QUERY_TILE))
+    rows = tile * QUERY_TILE + lanes
+    valid = rows < query_length
+    d_output += batch * d_output_batch_stride + query_head * d_output_head_stride
+    output += batch * output_batch_stride + query_head * output_head_stride
+    d_out = load_rows(d_output, rows, d_output_row_stride, columns, d_output_column_stride, valid, HEAD_DIM)
+    out = load_rows(output, rows, output_row_stride, columns, output_column_stride, valid, HEAD_DIM)
+    row_sums = tl.sum(d_out * out, 1)
+    codes, scale = quantize_tile(d_out, False)
+    # A NaN of V reaches dK only through delta, and the maxima of the backward kernels pass over it.
+    scale += tl.sum(row_sums, 0) * 0.0
+    row_image += index * ROW_FLOATS
+    tl.store(row_image + lanes, tl.load(lse + index * QUERY_TILE + lanes))
+    tl.store(row_image + QUERY_TILE + lanes, -row_sums)
+    one = tl.arange(0, 1)
+    tl.store(row_image + 2 * QUERY_TILE + one, tl.load(query_scales + index + one))
+    tl.store(row_image + 2 * QUERY_TILE + 1 + one, scale)
+    base = index * (QUERY_TILE * BLOCK_D)
+    store_tile(tl.trans(codes), d_output_transposed + base, BLOCK_D, QUERY_TILE, True)
+    q = _load_tile(query + base, lanes, QUERY_TILE, BLOCK_D)
+    store_tile(tl.trans(q), query_transposed + base, BLOCK_D, QUERY_TILE, True)
