@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sage_kernels.architectures import find_architecture
+from sage_kernels.driver import TENSOR_MAP
 from sage_kernels.kernel_sources import source_folder
 from sage_kernels.kernel_variants import TRAINING_SM90_ENTRIES, TRAINING_SM90_HEAD_DIMS, training_sm90_variant
 from sage_kernels.training import sm90_backend
@@ -90,13 +91,23 @@ def test_cuda_and_triton_compute_one_recipe_on_hopper(head_dim):
 def test_parameters_have_the_fields_of_the_sources(file, struct, parameters):
     text = (source_folder() / file).read_text()
     body = re.sub(r"//.*", "", text[text.index(f"struct {struct} {{") :].partition("};")[0].partition("{")[2])
-    kinds = {"float": ctypes.c_float, "int": ctypes.c_int32, "i64": ctypes.c_int64 * 3}
+    kinds = {"float": ctypes.c_float, "int": ctypes.c_int32, "i64": ctypes.c_int64 * 3, "TensorMap": TENSOR_MAP}
     fields = []
     for kind, star, names in re.findall(r"(?:const )?(\w+)(\*?) ([^;]+);", body):
         fields += [
             (name.strip("* ").partition("[")[0], ctypes.c_uint64 if star else kinds[kind]) for name in names.split(",")
         ]
     assert tuple(fields) == parameters._fields_
+
+
+def test_only_what_tensor_maps_can_not_describe_is_copied():
+    x, odd = (torch.zeros(2, 3, 40, columns, dtype=torch.bfloat16) for columns in (64, 68))
+    fitting = (x, x.transpose(1, 2), x[:, :, 1:], x[..., 8:48], x[:1].transpose(0, 2))
+    assert all(sm90_backend._mappable(y) is y for y in fitting)
+    for y in (x[..., 4:], x[:, :, :1].expand_as(x), x.mT, x[..., ::2], odd[..., :64]):
+        copy = sm90_backend._mappable(y)
+        assert copy.is_contiguous()
+        assert torch.equal(copy, y)
 
 
 @pytest.mark.skipif(

@@ -4,17 +4,21 @@
 #pragma once
 #include "sm90.cuh"
 
+// A CUtensorMap: of a matrix [B, H, N, D] of 16 bits in any strides, copied in boxes of 64 rows and 64 channels.
+struct alignas(64) TensorMap {
+  u64 words[16];
+};
+
 // Tiles as training/triton_kernels/images.py lays them out: rows of 64 or 128 bytes, 16-byte chunks swizzled as wgmma
 // reads them. Transposed ones hold tokens in the order in which accumulators become an 8-bit operand.
 struct TrainParams {
+  TensorMap d_output, value;
   const u8* query;                // [B * H, query_tiles][64][HEAD_DIM]
   const u8* query_transposed;     // [B * H, query_tiles][HEAD_DIM][64]
-  const u16* d_output;            // [B * H, query_tiles][HEAD_DIM / 64][64][64]
   const u8* d_output_transposed;  // [B * H, query_tiles][HEAD_DIM][64]
   const float* rows;              // [B * H, query_tiles][kRowFloats]
   const u8* key;                  // [B * Hkv, key_tiles][128][HEAD_DIM]
   const u8* key_transposed;       // [B * Hkv, key_tiles][HEAD_DIM][128]
-  const u16* value;               // [B * Hkv, key_tiles][HEAD_DIM / 64][128][64]
   const float* key_scales;        // [B * Hkv, key_tiles]
   const float* channel_scales;    // [B * Hkv, HEAD_DIM], of the transposed K
   u16* d_query;                   // [B * H, Nq, D]
@@ -27,7 +31,7 @@ struct TrainParams {
 
 constexpr int kQueryTile = 64, kKeyTile = 128;
 constexpr int kRowFloats =
-    132;  // of a query tile: LSE (log2) [64], delta [64], scale of Q, scale of dO, nothing, nothing
+    132;  // of a query tile: LSE (log2) [64], -delta [64], scale of Q, scale of dO, nothing, nothing
 constexpr int kWarpgroups = WARPGROUPS;  // of consumers, 2 | 3
 constexpr int kThreads = 128 * (kWarpgroups + 1);
 constexpr int kConsumerRegisters = kWarpgroups == 2 ? 240 : 160, kProducerRegisters = kWarpgroups == 2 ? 24 : 32;
@@ -61,11 +65,22 @@ DEVICE float load_shared_float(u32 address) {
   return x;
 }
 
-// Registers that wgmma reads as its left operand: before wgmma_fence they are written, after the wait they may change.
-template <int kCount>
-DEVICE void hold(u32 (&x)[kCount]) {
+// 64 rows from `row` on of one head, swizzled as wgmma reads them, in slabs of 64 channels so many bytes apart; zero
+// where the matrix ends. `head` is of all batches, which have `heads` each.
+DEVICE void load_rows_16bit(u32 destination, int slab_bytes, const TensorMap& map, int row, int head, int heads,
+                            u32 barrier) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(x[i])::"memory");
+  for (int slab = 0; slab < kSlabs; ++slab)
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%2, %3, %4, %5}], [%6];" ::"r"(destination + slab * slab_bytes),
+        "l"(&map), "r"(slab * 64), "r"(row), "r"(head % heads), "r"(head / heads), "r"(barrier)
+        : "memory");
+}
+
+// Never stores, for P is not negative; but the assembler lets no later wait pass this, and so what P needs.
+DEVICE void compute_before_waiting(u32 weight) {
+  asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %0, 0;\n@p st.shared.u32 [%0], %0;\n}\n" ::"r"(weight) : "memory");
 }
 
 // ---- wgmma, on registers that hold S, dP and products in turn, as bits ----------------------------------------------
@@ -106,38 +121,46 @@ DEVICE void hold(u32 (&x)[kCount]) {
 DEFINE_TRAIN_WGMMA(32, 64, 32, 33, 34, 35, 36, 37)
 DEFINE_TRAIN_WGMMA(64, 128, 64, 65, 66, 67, 68, 69)
 
+// matrix_descriptor of `address` in units of 16 bytes + `offset` bytes, in few instructions.
+template <int kRowBytes>
+DEVICE u64 operand(u32 address, int offset) {
+  const u64 zero = matrix_descriptor<kRowBytes>(0);
+  return zero >> 32 << 32 | (address + static_cast<u32>(zero) + (offset >> 4));
+}
+
 // S or its transpose: rows of HEAD_DIM codes each.
 template <int kCount>
 DEVICE void issue_scores(u32 (&scores)[kCount], u32 left, u32 right) {
-  const u64 a = matrix_descriptor<HEAD_DIM>(left), b = matrix_descriptor<HEAD_DIM>(right);
   wgmma_fence(scores);
 #pragma unroll
-  for (int step = 0; step < HEAD_DIM / 32; ++step) multiply_codes(scores, a + 2 * step, b + 2 * step, step > 0);
+  for (int step = 0; step < HEAD_DIM / 32; ++step)
+    multiply_codes(scores, operand<HEAD_DIM>(left, 32 * step), operand<HEAD_DIM>(right, 32 * step), step > 0);
   wgmma_commit();
 }
 
-// dP or its transpose: slabs of 64 channels, so many bytes apart.
+// dP or its transpose, added to sums if so: slabs of 64 channels, so many bytes apart.
 template <int kCount>
-DEVICE void issue_weight_gradients(u32 (&sums)[kCount], u32 left, int left_slab, u32 right, int right_slab) {
+DEVICE void issue_weight_gradients(u32 (&sums)[kCount], u32 left, int left_slab, u32 right, int right_slab,
+                                   bool accumulates = false) {
   wgmma_fence(sums);
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
-    const u64 a = matrix_descriptor<128>(left + slab * left_slab),
-              b = matrix_descriptor<128>(right + slab * right_slab);
 #pragma unroll
-    for (int step = 0; step < 4; ++step) multiply_16bit(sums, a + 2 * step, b + 2 * step, slab + step > 0);
+    for (int step = 0; step < 4; ++step)
+      multiply_16bit(sums, operand<128>(left, slab * left_slab + 32 * step),
+                     operand<128>(right, slab * right_slab + 32 * step), accumulates || slab + step > 0);
   }
   wgmma_commit();
 }
 
 // Codes times a transposed tile with rows of kTokens bytes.
 template <int kTokens, int kCount, int kCodes>
-DEVICE void issue_product(u32 (&product)[kCount], u32 (&codes)[kCodes], u32 right) {
-  const u64 b = matrix_descriptor<kTokens>(right);
-  hold(codes);
+DEVICE void issue_product(u32 (&product)[kCount], u32 (&codes)[kCodes], u32 right, int offset = 0) {
+  pin_registers(codes);
   wgmma_fence(product);
 #pragma unroll
-  for (int step = 0; step < kTokens / 32; ++step) multiply_codes(product, codes + 4 * step, b + 2 * step, step > 0);
+  for (int step = 0; step < kTokens / 32; ++step)
+    multiply_codes(product, codes + 4 * step, operand<kTokens>(right, offset + 32 * step), step > 0);
   wgmma_commit();
 }
 
@@ -173,6 +196,16 @@ DEVICE void make_codes(u32 (&codes)[kCount / 4], const u32 (&x)[kCount], const f
 
 DEVICE float inverse_scale(float largest) { return largest > kSmallest ? kLimit * reciprocal_approx(largest) : 0.f; }
 
+// Larger than what was found before, of positive floats as bits, and of the magnitudes of two numbers.
+DEVICE int larger(int largest, float x, float y) { return max(largest, __float_as_int(fmaxf(fabsf(x), fabsf(y)))); }
+
+// Scale of a row's codes and what to multiply by, from the largest magnitude that each of its four threads found.
+DEVICE void scale_row(float largest, float& scale, float& inverse) {
+  const float maximum = __int_as_float(row_maximum(__float_as_int(largest)));
+  inverse = inverse_scale(maximum);
+  scale = maximum * (1.f / kLimit);
+}
+
 // Scales of the codes of numbers >= 0, and what to multiply them by.
 template <int kCount>
 DEVICE void scale_weights(const u32 (&x)[kCount], float (&scale)[2], float (&inverse)[2]) {
@@ -181,25 +214,7 @@ DEVICE void scale_weights(const u32 (&x)[kCount], float (&scale)[2], float (&inv
     int largest = 0;
 #pragma unroll
     for (int i = 2 * r; i < kCount; i += 4) largest = max(max(largest, int(x[i])), int(x[i + 1]));
-    const float maximum = __int_as_float(row_maximum(largest));
-    inverse[r] = inverse_scale(maximum);
-    scale[r] = maximum * (1.f / kLimit);
-  }
-}
-
-template <int kCount>
-DEVICE void scale_signed(const u32 (&x)[kCount], float (&scale)[2], float (&inverse)[2]) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float largest[2] = {0.f, 0.f};
-#pragma unroll
-    for (int i = 2 * r; i < kCount; i += 4) {
-      largest[0] = fmaxf(largest[0], fabsf(__uint_as_float(x[i])));
-      largest[1] = fmaxf(largest[1], fabsf(__uint_as_float(x[i + 1])));
-    }
-    const float maximum = __int_as_float(row_maximum(__float_as_int(fmaxf(largest[0], largest[1]))));
-    inverse[r] = inverse_scale(maximum);
-    scale[r] = maximum * (1.f / kLimit);
+    scale_row(__int_as_float(largest), scale[r], inverse[r]);
   }
 }
 

@@ -28,14 +28,15 @@ constexpr float kLog2Limit = 6.988684686772166f;  // log2(127)
 constexpr float kCodesInUnit = 16777216.f;
 constexpr int kHidden = -(1 << 30);
 
-// Shared memory: Q of each warpgroup, ring, barriers.
+// Shared memory: Q of each warpgroup, ring, barriers. Where tiles are is in units of 16 bytes.
 struct Shared {
-  u32 base;
+  u32 base, tiles;
   static constexpr int kRing = kWarpgroups * kQueryBytes;
   static constexpr int kBarriers = kRing + STAGES * kStageBytes;
-  DEVICE u32 query(int warpgroup) const { return base + warpgroup * kQueryBytes; }
-  DEVICE u32 key(int stage) const { return base + kRing + stage * kStageBytes; }
-  DEVICE u32 value(int stage) const { return key(stage) + kTileBytes; }
+  DEVICE explicit Shared(u32 base) : base(base), tiles(base / 16) {}
+  DEVICE u32 query(int warpgroup) const { return tiles + warpgroup * (kQueryBytes / 16); }
+  DEVICE u32 key(int stage) const { return tiles + kRing / 16 + stage * (kStageBytes / 16); }
+  DEVICE u32 value(int stage) const { return key(stage) + kTileBytes / 16; }
   DEVICE u32 full(int stage) const { return base + kBarriers + 8 * stage; }
   DEVICE u32 empty(int stage) const { return full(STAGES + stage); }
   DEVICE u32 queries_full() const { return full(2 * STAGES); }
@@ -61,15 +62,15 @@ DEVICE void produce(const TrainForwardParams& p, const Shared& shared, const Wal
   const i64 tile = i64(walk.head) * p.query_tiles + walk.tile;
   mbarrier_arrive_expect_bytes(shared.queries_full(), walk.warpgroups * kQueryBytes);
   for (int i = 0; i < walk.warpgroups; ++i)
-    bulk_load(shared.query(i), p.query + (tile + i) * kQueryBytes, kQueryBytes, shared.queries_full());
+    bulk_load(16 * shared.query(i), p.query + (tile + i) * kQueryBytes, kQueryBytes, shared.queries_full());
   Ring ring;
   i64 key_tile = i64(walk.kv_head) * p.key_tiles;
   for (int block = 0; block < walk.blocks; ++block, ++key_tile, ring.advance<STAGES>()) {
     const u32 full = shared.full(ring.stage);
     mbarrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
     mbarrier_arrive_expect_bytes(full, kStageBytes);
-    bulk_load(shared.key(ring.stage), p.key + key_tile * kTileBytes, kTileBytes, full);
-    bulk_load(shared.value(ring.stage), p.value_transposed + key_tile * kTileBytes, kTileBytes, full);
+    bulk_load(16 * shared.key(ring.stage), p.key + key_tile * kTileBytes, kTileBytes, full);
+    bulk_load(16 * shared.value(ring.stage), p.value_transposed + key_tile * kTileBytes, kTileBytes, full);
   }
 }
 
@@ -78,7 +79,7 @@ struct Consumer {
   const TrainForwardParams& p;
   const Shared& shared;
   const Walk& walk;
-  const int warpgroup, lane;
+  const int warpgroup;
   Ring ring;
   u32 scores[64];  // then weights
   u32 product[HEAD_DIM / 2];
@@ -86,26 +87,28 @@ struct Consumer {
   float output[HEAD_DIM / 2];
   float maximum[2], row_sum[2], rescale[2], weight_scale[2];
   float query_factor;
-  const float *key_scales, *value_scales;
-  int first_row, unmasked;
+  int first_key_tile, unmasked;
 
   DEVICE Consumer(const TrainForwardParams& p, const Shared& shared, const Walk& walk, int warpgroup)
-      : p(p), shared(shared), walk(walk), warpgroup(warpgroup), lane(threadIdx.x % 32) {}
+      : p(p), shared(shared), walk(walk), warpgroup(warpgroup) {}
 
-  // Keys that a row does not see.
-  DEVICE bool is_hidden(int i, int block) const {
-    const int limit = p.is_causal ? min(p.key_length, first_row + i / 2 % 2 * 8 + 1) : p.key_length;
-    return block * kKeyTile + i / 4 * 8 + lane % 4 * 2 + i % 2 >= limit;
+  // These two are not kept, for want of registers.
+  DEVICE static int lane() { return threadIdx.x % 32; }
+
+  DEVICE int first_row() const { return walk.tile * kQueryTile + (threadIdx.x / 32 - 4) * 16 + lane() / 4; }
+
+  // Whether a score is of a key from `limit` of the block on.
+  DEVICE bool is_hidden(int i, const int (&limit)[2]) const {
+    return i / 4 * 8 + lane() % 4 * 2 + i % 2 >= limit[i / 2 % 2];
   }
 
-  // Scores to weights, as floats: codes up to 127 in units of 2^-24.
-  DEVICE void weights(int block) {
-    const float factor = query_factor * key_scales[block];
-    const bool edge = block >= unmasked;
-    if (edge) {
+  // What the largest scores of a block say about it and about what came before.
+  template <bool kIsEdge>
+  DEVICE void find_scales(const int (&limit)[2], float factor, float (&shift)[2]) {
+    if (kIsEdge) {
 #pragma unroll
       for (int i = 0; i < 64; ++i)
-        if (is_hidden(i, block)) scores[i] = kHidden;
+        if (is_hidden(i, limit)) scores[i] = kHidden;
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -117,52 +120,94 @@ struct Consumer {
       rescale[r] = exp2_approx(maximum[r] - highest);
       weight_scale[r] = exp2_approx(local - highest - kLog2Limit);
       maximum[r] = highest;
-      const float shift = kLog2Limit - 24.f - local;
-#pragma unroll
-      for (int i = 2 * r; i < 64; i += 4) {
-        scores[i] = __float_as_uint(exp2_approx(fmaf(static_cast<int>(scores[i]), factor, shift)));
-        scores[i + 1] = __float_as_uint(exp2_approx(fmaf(static_cast<int>(scores[i + 1]), factor, shift)));
-      }
+      shift[r] = kLog2Limit - 24.f - local;
     }
-    if (edge) {
+  }
+
+  // Scores of 4 keys of each row to weights, as floats: codes up to 127 in units of 2^-24.
+  template <bool kIsEdge>
+  DEVICE void weights(int first, float factor, const float (&shift)[2], float (&sums)[2]) {
 #pragma unroll
-      for (int i = 0; i < 64; ++i)
-        if (is_hidden(i, block)) scores[i] = 0;
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float sums[2] = {0.f, 0.f};
-#pragma unroll
-      for (int i = 2 * r; i < 64; i += 4) {
-        sums[0] += __uint_as_float(scores[i]);
-        sums[1] += __uint_as_float(scores[i + 1]);
-      }
-      row_sum[r] = row_sum[r] * rescale[r] + (sums[0] + sums[1]) * (weight_scale[r] * kCodesInUnit);
+    for (int i = first; i < first + 8; ++i) {
+      float x = exp2_approx(fmaf(static_cast<int>(scores[i]), factor, shift[i / 2 % 2]));
+      if (kIsEdge && static_cast<int>(scores[i]) == kHidden) x = 0.f;
+      scores[i] = __float_as_uint(x);
+      sums[i / 2 % 2] += x;
     }
   }
 
   // Bits of float16 denormals are integers.
-  DEVICE void pack() {
+  DEVICE void pack(int first) {
 #pragma unroll
-    for (int i = 0; i < 64; i += 8) {
+    for (int r = 0; r < 2; ++r) {
+      const u32* x = scores + first + 2 * r;
+      const u32 low = pack_float16(__uint_as_float(x[0]), __uint_as_float(x[1]));
+      const u32 high = pack_float16(__uint_as_float(x[4]), __uint_as_float(x[5]));
+      codes[first / 4 + r] = __byte_perm(low, high, 0x6420);
+    }
+  }
+
+  // From the scores that are on their way to codes, while P V of the block before is, whose scale is `scale`.
+  // Exponentials have a slow pipe of their own: half of them are computed while P V is on its way, what else there is
+  // to do between the others.
+  template <bool kIsEdge, bool kIsFirst>
+  DEVICE void finish_block(int block, const float (&scale)[2]) {
+    const float factor = query_factor * p.key_scales[first_key_tile + block];
+    float shift[2], sums[2] = {0.f, 0.f};
+    int limit[2] = {0, 0};
+    if (kIsEdge) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const u32* x = scores + i + 2 * r;
-        const u32 low = pack_float16(__uint_as_float(x[0]), __uint_as_float(x[1]));
-        const u32 high = pack_float16(__uint_as_float(x[4]), __uint_as_float(x[5]));
-        codes[i / 4 + r] = __byte_perm(low, high, 0x6420);
-      }
+      for (int r = 0; r < 2; ++r)
+        limit[r] = (p.is_causal ? min(p.key_length, first_row() + 8 * r + 1) : p.key_length) - block * kKeyTile;
+    }
+    wgmma_wait<kIsFirst ? 0 : 1>(scores);
+    find_scales<kIsEdge>(limit, factor, shift);
+#pragma unroll
+    for (int i = 0; i < 32; i += 8) weights<kIsEdge>(i, factor, shift, sums);
+    if (!kIsFirst) {
+      compute_before_waiting(scores[31]);
+      wgmma_wait<0>(product);
+      pin_registers(codes);
+    }
+#pragma unroll
+    for (int i = 32; i < 64; i += 8) {
+      weights<kIsEdge>(i, factor, shift, sums);
+      pack(i - 32);
+      if (!kIsFirst) add(i / 8 - 4, scale);
+    }
+#pragma unroll
+    for (int i = 32; i < 64; i += 8) pack(i);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) row_sum[r] = row_sum[r] * rescale[r] + sums[r] * (weight_scale[r] * kCodesInUnit);
+  }
+
+  template <bool kIsFirst = false>
+  DEVICE void finish(int block, const float (&scale)[2]) {
+    if (block >= unmasked)
+      finish_block<true, kIsFirst>(block, scale);
+    else
+      finish_block<false, kIsFirst>(block, scale);
+  }
+
+  // One of four parts of a product.
+  DEVICE void add(int part, const float (&scale)[2]) {
+#pragma unroll
+    for (int i = part * (HEAD_DIM / 8); i < (part + 1) * (HEAD_DIM / 8); ++i)
+      output[i] = fmaf(static_cast<float>(static_cast<int>(product[i])), scale[i / 2 % 2], output[i]);
+  }
+
+  DEVICE void rescale_output() {
+    if (__any_sync(~0u, rescale[0] != 1.f || rescale[1] != 1.f)) {
+#pragma unroll
+      for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] *= rescale[i / 2 % 2];
     }
   }
 
   DEVICE void run() {
     const i64 tile = i64(walk.head) * p.query_tiles + walk.tile + warpgroup;
-    const int first = (walk.tile + warpgroup) * kQueryTile;
-    first_row = first + threadIdx.x / 32 % 4 * 16 + lane / 4;
-    key_scales = p.key_scales + i64(walk.kv_head) * p.key_tiles;
-    value_scales = p.value_scales + i64(walk.kv_head) * p.key_tiles;
+    first_key_tile = walk.kv_head * p.key_tiles;
     query_factor = p.query_scales[tile] * (p.softmax_scale * kLog2E);
-    unmasked = (p.is_causal ? min(p.key_length, first + 1) : p.key_length) / kKeyTile;
+    unmasked = (p.is_causal ? min(p.key_length, walk.tile * kQueryTile + 1) : p.key_length) / kKeyTile;
 #pragma unroll
     for (int r = 0; r < 2; ++r) maximum[r] = -infinity(), row_sum[r] = 0.f;
 #pragma unroll
@@ -170,36 +215,32 @@ struct Consumer {
     mbarrier_wait(shared.queries_full(), 0);
     mbarrier_wait(shared.full(0), 0);
     issue_scores(scores, shared.query(warpgroup), shared.key(0));
-    wgmma_wait<0>(scores);
-    weights(0);
-    pack();
-    for (int block = 1; block <= walk.blocks; ++block) {
+    float scale[2];
+    finish<true>(0, scale);
+    for (int block = 1; block < walk.blocks; ++block) {
       const int stage = ring.stage;
       ring.advance<STAGES>();
-      float scale[2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) scale[r] = weight_scale[r] * value_scales[block - 1];
-      float fade[2] = {rescale[0], rescale[1]};
-      // In the last turn, the next scores are those of memory that nobody reads.
-      if (block < walk.blocks) mbarrier_wait(shared.full(ring.stage), ring.parity);
+      for (int r = 0; r < 2; ++r) scale[r] = weight_scale[r] * p.value_scales[first_key_tile + block - 1];
+      mbarrier_wait(shared.full(ring.stage), ring.parity);
       issue_scores(scores, shared.query(warpgroup), shared.key(ring.stage));
       issue_product<128>(product, codes, shared.value(stage));
-      wgmma_wait<1>(scores);
-      if (block < walk.blocks) weights(block);
-      wgmma_wait<0>(product);
-      hold(codes);
-      if (__any_sync(~0u, fade[0] != 1.f || fade[1] != 1.f)) {
-#pragma unroll
-        for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] *= fade[i / 2 % 2];
-      }
-      add_product<0>(output, product, scale);
-      if (lane == 0) mbarrier_arrive(shared.empty(stage));
-      pack();
+      rescale_output();
+      finish(block, scale);
+      if (lane() == 0) mbarrier_arrive(shared.empty(stage));
     }
-    store(first);
+    issue_product<128>(product, codes, shared.value(ring.stage));
+    rescale_output();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) scale[r] = weight_scale[r] * p.value_scales[first_key_tile + walk.blocks - 1];
+    wgmma_wait<0>(product);
+#pragma unroll
+    for (int part = 0; part < 4; ++part) add(part, scale);
+    store();
   }
 
-  DEVICE void store(int first) {
+  DEVICE void store() {
+    const int first_row = this->first_row();
     const i64 lse_row = i64(walk.head) * p.query_tiles * kQueryTile + first_row;
     float inverse[2];
 #pragma unroll
@@ -207,7 +248,7 @@ struct Consumer {
       row_sum[r] += __shfl_xor_sync(~0u, row_sum[r], 1);
       row_sum[r] += __shfl_xor_sync(~0u, row_sum[r], 2);
       inverse[r] = 1.f / row_sum[r];
-      if (lane % 4 == 0)
+      if (lane() % 4 == 0)
         p.lse[lse_row + 8 * r] = first_row + 8 * r < p.query_length ? maximum[r] + log2_approx(row_sum[r]) : infinity();
     }
     const int batch = walk.head / p.heads, head = walk.head % p.heads;
@@ -219,7 +260,7 @@ struct Consumer {
       u16* line = rows + row * p.output_strides[2];
 #pragma unroll
       for (int i = 2 * r; i < HEAD_DIM / 2; i += 4) {
-        const int column = i / 4 * 8 + lane % 4 * 2;
+        const int column = i / 4 * 8 + lane() % 4 * 2;
         const float low = output[i] * inverse[r], high = output[i + 1] * inverse[r];
         if (column < p.head_dim)
           *reinterpret_cast<u32*>(line + column) = BFLOAT16 ? pack_bfloat16(low, high) : pack_float16(low, high);
@@ -231,7 +272,7 @@ struct Consumer {
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     training_sm90_forward(const __grid_constant__ TrainForwardParams p) {
   extern __shared__ __align__(1024) u8 memory[];
-  const Shared shared{shared_address(memory)};
+  const Shared shared(shared_address(memory));
   const Walk walk(p);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {

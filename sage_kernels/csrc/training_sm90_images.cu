@@ -1,26 +1,22 @@
-// What the backward kernels for sm_90a read besides what the forward pass saved: dO and V in 16 bits and dO in INT8 as
-// tiles, Q and dO transposed, delta = rowsum(dO * O) (SageAttention3, algorithm 3). Bound by memory bandwidth.
+// What the backward kernels for sm_90a read besides what the forward pass saved: Q and dO in INT8, transposed, and
+// delta = rowsum(dO * O) (SageAttention3, algorithm 3). Bound by memory bandwidth.
 #include "training_sm90_tiles.cuh"
 
 struct TrainImagesParams {
   const u16* d_output;  // [B, H, Nq, D]; D contiguous, rows aligned to 16 bytes; strides in elements: batch, head, row
   const u16* output;
-  const u16* value;           // [B, Hkv, Nk, D]
   const u8* query;            // [B * H, query_tiles][64][HEAD_DIM]: codes
   const float* query_scales;  // [B * H, query_tiles]
   const float* lse;           // [B * H, query_tiles][64]
   u8* query_transposed;       // [B * H, query_tiles][HEAD_DIM][64]
-  u16* d_output_image;        // [B * H, query_tiles][HEAD_DIM / 64][64][64]
   u8* d_output_transposed;    // [B * H, query_tiles][HEAD_DIM][64]: codes
   float* rows;                // [B * H, query_tiles][kRowFloats]
-  u16* value_image;           // [B * Hkv, key_tiles][HEAD_DIM / 64][128][64]
   i64 d_output_strides[3];
   i64 output_strides[3];
-  i64 value_strides[3];
-  int batch, heads, kv_heads, query_length, key_length, query_tiles, key_tiles, head_dim;
+  int heads, query_length, query_tiles, head_dim;
 };
 
-constexpr int kRowFloats = 132;  // of a query tile: LSE and delta of 64 rows, scales of Q and of dO, two unused
+constexpr int kRowFloats = 132;  // of a query tile: LSE and -delta of 64 rows, scales of Q and of dO, two unused
 
 struct Shared {
   u32 base;
@@ -90,9 +86,6 @@ DEVICE void prepare_queries(const TrainImagesParams& p, const Shared& shared, co
         delta += __shfl_xor_sync(~0u, delta, 2);
         if (threadIdx.x % 4 == 0)
           store_shared_word(shared.deltas(at.group / 4) + 4 * at.token(round, i), __float_as_uint(delta));
-        if (at.half(round) < tiles)
-          store_16bit<kQueryTile>(p.d_output_image + (first_tile + at.half(round)) * kQueryTile * HEAD_DIM,
-                                  at.token(round, i) % kQueryTile, at.group, raw[round][i]);
       }
   }
 #pragma unroll
@@ -124,7 +117,7 @@ DEVICE void prepare_queries(const TrainImagesParams& p, const Shared& shared, co
     if (half < tiles) {
       float* rows = p.rows + (first_tile + half) * kRowFloats;
       rows[row] = p.lse[(first_tile + half) * kQueryTile + row];
-      rows[kQueryTile + row] = delta;
+      rows[kQueryTile + row] = -delta;
     }
   }
   __syncthreads();  // the transposed tiles were read, too
@@ -140,29 +133,12 @@ DEVICE void prepare_queries(const TrainImagesParams& p, const Shared& shared, co
   store_transposed(shared, p.query_transposed + first_tile * kQueryTile * HEAD_DIM, tiles);
 }
 
-DEVICE void prepare_values(const TrainImagesParams& p, const Place& at, i64 head, int tile) {
-  uint4 raw[kRounds][4];
-  load_tokens(raw, p.value + head / p.kv_heads * p.value_strides[0] + head % p.kv_heads * p.value_strides[1],
-              p.value_strides[2], tile * kTokens, p.key_length, p.head_dim, at);
-#pragma unroll
-  for (int round = 0; round < kRounds; ++round)
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      store_16bit<kTokens>(p.value_image + (head * p.key_tiles + tile) * kTokens * HEAD_DIM, at.token(round, i),
-                           at.group, raw[round][i]);
-}
-
-// Grid: B * H * ceil(query_tiles / 2), then B * Hkv * key_tiles.
-extern "C" __global__ void __launch_bounds__(kThreads, 3)
+// Grid: B * H * ceil(query_tiles / 2).
+extern "C" __global__ void __launch_bounds__(kThreads, HEAD_DIM == 64 ? 3 : 2)
     training_sm90_images(const __grid_constant__ TrainImagesParams p) {
   extern __shared__ __align__(1024) u8 memory[];
   const Shared shared{shared_address(memory)};
   const Place at;
-  const int query_pairs = ceil_div(p.query_tiles, kHalves), query_blocks = p.batch * p.heads * query_pairs;
-  if (blockIdx.x < query_blocks) {
-    prepare_queries(p, shared, at, blockIdx.x / query_pairs, blockIdx.x % query_pairs);
-  } else {
-    const int index = blockIdx.x - query_blocks;
-    prepare_values(p, at, index / p.key_tiles, index % p.key_tiles);
-  }
+  const int query_pairs = ceil_div(p.query_tiles, kHalves);
+  prepare_queries(p, shared, at, blockIdx.x / query_pairs, blockIdx.x % query_pairs);
 }

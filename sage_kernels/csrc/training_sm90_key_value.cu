@@ -12,19 +12,20 @@ constexpr int kTileBytes = kQueryTile * HEAD_DIM;  // of Q, of its transpose, of
 constexpr int kStageBytes = 5 * kTileBytes;
 constexpr int kRowBytes = kRowFloats * 4;
 
-// Shared memory: K, V, ring, LSE and delta of the ring, barriers.
+// Shared memory: K, V, ring, LSE and -delta of the ring, barriers. Where tiles are is in units of 16 bytes.
 struct Shared {
-  u32 base;
+  u32 base, tiles;
   static constexpr int kValue = kWarpgroups * 64 * HEAD_DIM;
   static constexpr int kRing = 3 * kValue;
   static constexpr int kRows = kRing + STAGES * kStageBytes;
   static constexpr int kBarriers = kRows + STAGES * kRowBytes;
-  DEVICE u32 key(int warpgroup) const { return base + warpgroup * 64 * HEAD_DIM; }
-  DEVICE u32 value(int warpgroup) const { return base + kValue + warpgroup * 128 * HEAD_DIM; }
-  DEVICE u32 query(int stage) const { return base + kRing + stage * kStageBytes; }
-  DEVICE u32 d_output(int stage) const { return query(stage) + kTileBytes; }
-  DEVICE u32 d_output_transposed(int stage) const { return query(stage) + 3 * kTileBytes; }
-  DEVICE u32 query_transposed(int stage) const { return query(stage) + 4 * kTileBytes; }
+  DEVICE explicit Shared(u32 base) : base(base), tiles(base / 16) {}
+  DEVICE u32 key(int warpgroup) const { return tiles + warpgroup * (64 * HEAD_DIM / 16); }
+  DEVICE u32 value(int warpgroup) const { return tiles + kValue / 16 + warpgroup * (128 * HEAD_DIM / 16); }
+  DEVICE u32 query(int stage) const { return tiles + kRing / 16 + stage * (kStageBytes / 16); }
+  DEVICE u32 d_output(int stage) const { return query(stage) + kTileBytes / 16; }
+  DEVICE u32 d_output_transposed(int stage) const { return query(stage) + 3 * kTileBytes / 16; }
+  DEVICE u32 query_transposed(int stage) const { return query(stage) + 4 * kTileBytes / 16; }
   DEVICE u32 rows(int stage) const { return base + kRows + stage * kRowBytes; }
   DEVICE u32 full(int stage) const { return base + kBarriers + 8 * stage; }
   DEVICE u32 empty(int stage) const { return full(STAGES + stage); }
@@ -53,10 +54,8 @@ DEVICE void produce(const TrainParams& p, const Shared& shared) {
   for (int i = 0; i < walk.warpgroups; ++i) {
     const int unit = walk.unit + i;
     const i64 tile = i64(walk.kv_head) * p.key_tiles + unit / 2;
-    bulk_load(shared.key(i), p.key + (2 * tile + unit % 2) * 64 * HEAD_DIM, 64 * HEAD_DIM, keys_full);
-    for (int slab = 0; slab < kSlabs; ++slab)
-      bulk_load(shared.value(i) + slab * 64 * 128, p.value + ((tile * kSlabs + slab) * 2 + unit % 2) * 64 * 64,
-                64 * 128, keys_full);
+    bulk_load(16 * shared.key(i), p.key + (2 * tile + unit % 2) * 64 * HEAD_DIM, 64 * HEAD_DIM, keys_full);
+    load_rows_16bit(16 * shared.value(i), 64 * 128, p.value, unit * 64, walk.kv_head, p.kv_heads, keys_full);
   }
   Ring ring;
   for (int member = 0; member < walk.group; ++member) {
@@ -66,11 +65,12 @@ DEVICE void produce(const TrainParams& p, const Shared& shared) {
       const u32 full = shared.full(stage);
       mbarrier_wait(shared.empty(stage), ring.parity ^ 1);
       mbarrier_arrive_expect_bytes(full, kStageBytes + kRowBytes);
-      bulk_load(shared.query(stage), p.query + tile * kTileBytes, kTileBytes, full);
+      bulk_load(16 * shared.query(stage), p.query + tile * kTileBytes, kTileBytes, full);
       bulk_load(shared.rows(stage), p.rows + tile * kRowFloats, kRowBytes, full);
-      bulk_load(shared.d_output(stage), p.d_output + tile * kTileBytes, 2 * kTileBytes, full);
-      bulk_load(shared.d_output_transposed(stage), p.d_output_transposed + tile * kTileBytes, kTileBytes, full);
-      bulk_load(shared.query_transposed(stage), p.query_transposed + tile * kTileBytes, kTileBytes, full);
+      load_rows_16bit(16 * shared.d_output(stage), 64 * 128, p.d_output, (walk.first + block) * kQueryTile,
+                      walk.head(p, member), p.heads, full);
+      bulk_load(16 * shared.d_output_transposed(stage), p.d_output_transposed + tile * kTileBytes, kTileBytes, full);
+      bulk_load(16 * shared.query_transposed(stage), p.query_transposed + tile * kTileBytes, kTileBytes, full);
     }
   }
 }
@@ -99,70 +99,71 @@ struct Consumer {
   u32 a[32], b[32];  // S^T, then P^T; dP^T, then dS^T; then products
   u32 weight_codes[8], gradient_codes[8];
   float weight_scale[2], gradient_scale[2];
-  float2 delta[8], scales;  // of Q and of dO
   float key_factor;
-  int first_key, thread_key;
+  int first_key;
   float d_key[HEAD_DIM / 2], d_value[HEAD_DIM / 2];
 
   DEVICE Consumer(const TrainParams& p, const Shared& shared)
       : p(p), shared(shared), walk(p), warpgroup(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0)), lane(threadIdx.x % 32) {}
 
-  // LSE or delta of the thread's queries: 0 and 1 of each 8.
-  DEVICE void load_rows(float2 (&values)[8], u32 from) {
+  // LSE of half of the thread's queries: 0 and 1 of each 8.
+  DEVICE void load_rows(float2 (&values)[4], u32 from) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = load_shared_pair(from + 32 * i + lane % 4 * 8);
+    for (int i = 0; i < 4; ++i) values[i] = load_shared_pair(from + 32 * i + lane % 4 * 8);
   }
 
-  // P^T of 64 queries from S^T.
-  DEVICE void weights(const float2 (&lse)[8], float factor) {
-#pragma unroll
-    for (int i = 0; i < 32; i += 2) {
-      const float low = static_cast<int>(a[i]), high = static_cast<int>(a[i + 1]);
-      a[i] = __float_as_uint(exp2_approx(fmaf(low, factor, -lse[i / 4].x)));
-      a[i + 1] = __float_as_uint(exp2_approx(fmaf(high, factor, -lse[i / 4].y)));
-    }
+  // P^T of one score; at an edge 0 where the query is before the key: `behind` is the key of the thread's first row
+  // minus the block's first query.
+  template <bool kIsEdge>
+  DEVICE void weight(int i, const float2 (&lse)[4], float factor, int behind) {
+    const float shift = i % 2 ? lse[i / 4 % 4].y : lse[i / 4 % 4].x;
+    const float x = exp2_approx(fmaf(static_cast<int>(a[i]), factor, -shift));
+    const bool is_hidden = kIsEdge && i / 4 * 8 + lane % 4 * 2 + i % 2 < behind + i / 2 % 2 * 8;
+    a[i] = is_hidden ? 0 : __float_as_uint(x);
   }
 
-  // Where the query is before the key: `behind` is the key of the thread's first row minus the block's first query.
-  DEVICE void hide(int behind) {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      const int query = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      if (query < behind + i / 2 % 2 * 8) a[i] = 0;
-    }
+  // Two dS^T from dP^T - delta and P^T.
+  DEVICE void gradient_pair(int i, int (&largest)[2]) {
+    const float x = __uint_as_float(b[i]) * __uint_as_float(a[i]);
+    const float y = __uint_as_float(b[i + 1]) * __uint_as_float(a[i + 1]);
+    b[i] = __float_as_uint(x);
+    b[i + 1] = __float_as_uint(y);
+    largest[i / 2 % 2] = larger(largest[i / 2 % 2], x, y);
   }
 
-  // dS^T from dP^T and P^T.
-  DEVICE void score_gradients() {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      const float shift = i % 2 ? delta[i / 4].y : delta[i / 4].x;
-      b[i] = __float_as_uint((__uint_as_float(b[i]) - shift) * __uint_as_float(a[i]));
-    }
-  }
-
-  // From the scores that are on their way to P^T, while dP^T is. `query` is the block's first. What comes from shared
-  // memory is read before the waits, which hide how long that takes.
-  DEVICE void finish_weights(u32 rows, int query) {
-    float2 lse[8];
-    load_rows(lse, rows);
-    scales = load_shared_pair(rows + 512);
+  // From the scores and dP^T that are on their way to the codes of P^T and dS^T. `query` is the block's first.
+  // Exponentials have a slow pipe of their own: half of them are computed while dP^T is on its way, the others between
+  // dS^T. What comes from shared memory is read before the waits, which hide how long that takes.
+  template <bool kIsEdge>
+  DEVICE void finish_block(u32 rows, int query) {
+    float2 lse[2][4];
+    load_rows(lse[0], rows);
+    const float factor = key_factor * load_shared_float(rows + 512);
+    const int behind = first_key - query + threadIdx.x / 32 % 4 * 16 + lane / 4;
     wgmma_wait<1>(a);
-    weights(lse, key_factor * scales.x);
-    if (p.is_causal && query < first_key + 63) hide(thread_key - query);
-    load_rows(delta, rows + 256);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) weight<kIsEdge>(i, lse[0], factor, behind);
+    load_rows(lse[1], rows + 128);
+#pragma unroll
+    for (int i = 8; i < 16; ++i) weight<kIsEdge>(i, lse[0], factor, behind);
+    compute_before_waiting(a[15]);
     wgmma_wait<0>(b);
-  }
-
-  // From P^T and dP^T to the codes of P^T and dS^T, side by side.
-  DEVICE void make_both_codes() {
+    int largest[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 16; i += 2) {
+      weight<kIsEdge>(16 + i, lse[1], factor, behind);
+      weight<kIsEdge>(17 + i, lse[1], factor, behind);
+      gradient_pair(i, largest);
+    }
     float inverse[2];
     scale_weights(a, weight_scale, inverse);
+#pragma unroll
+    for (int i = 16; i < 32; i += 2) gradient_pair(i, largest);
     make_codes(weight_codes, a, inverse);
-    score_gradients();
-    scale_signed(b, gradient_scale, inverse);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) scale_row(__int_as_float(largest[r]), gradient_scale[r], inverse[r]);
     make_codes(gradient_codes, b, inverse);
-    // NaN where Q or dO was not finite: maxima may pass over it.
+    const float2 scales = load_shared_pair(rows + 512);  // NaN where Q or dO was not finite: maxima may pass over it
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       weight_scale[r] *= scales.y + scales.x * 0.f;
@@ -170,10 +171,25 @@ struct Consumer {
     }
   }
 
+  DEVICE void finish(u32 rows, int query) {
+    if (p.is_causal && query < first_key + 63)
+      finish_block<true>(rows, query);
+    else
+      finish_block<false>(rows, query);
+  }
+
   DEVICE void issue_next_scores(int stage) { issue_scores(a, shared.key(warpgroup), shared.query(stage)); }
 
+  // dP^T - delta: the sums start as -delta.
   DEVICE void issue_next_weight_gradients(int stage) {
-    issue_weight_gradients(b, shared.value(warpgroup), 64 * 128, shared.d_output(stage), 64 * 128);
+    const u32 deltas = shared.rows(stage) + 256 + lane % 4 * 8;
+#pragma unroll
+    for (int i = 0; i < 32; i += 2) {
+      const float2 start = load_shared_pair(deltas + i / 4 * 32);
+      b[i] = __float_as_uint(start.x);
+      b[i + 1] = __float_as_uint(start.y);
+    }
+    issue_weight_gradients(b, shared.value(warpgroup), 64 * 128, shared.d_output(stage), 64 * 128, true);
   }
 
   DEVICE void run() {
@@ -182,51 +198,55 @@ struct Consumer {
     const float key_scale = p.key_scales[i64(walk.kv_head) * p.key_tiles + (walk.unit + warpgroup) / 2];
     key_factor = key_scale * (p.softmax_scale * kLog2E);
     first_key = (walk.unit + warpgroup) * 64;
-    thread_key = first_key + threadIdx.x / 32 % 4 * 16 + lane / 4;
-    const int turns = walk.blocks * walk.group;
-    int block = walk.first;
+    int turns = walk.blocks * walk.group, block = walk.first;
     mbarrier_wait(shared.keys_full(), 0);
-    // No wgmma is on its way where turns meet: the assembler would wait for each one then. Without queries, and in the
-    // last turn, the next scores are those of memory that nobody reads.
-    if (turns > 0) mbarrier_wait(shared.full(0), 0);
-    issue_next_scores(0);
-    issue_next_weight_gradients(0);
-    finish_weights(shared.rows(0), block * kQueryTile);
+    // No wgmma is on its way where turns meet: the assembler would wait for each one then. In the last turn, the next
+    // scores are those of memory that nobody reads.
+    if (turns > 0) {
+      mbarrier_wait(shared.full(ring.stage), ring.parity);
+      issue_next_scores(ring.stage);
+      issue_next_weight_gradients(ring.stage);
+      finish(shared.rows(ring.stage), block * kQueryTile);
+    }
     const Turns products(warpgroup);
-    for (int turn = 1; turn <= turns; ++turn) {
+    for (; turns > 0; --turns) {
       const int stage = ring.stage;
-      make_both_codes();
       const u32 d_output = shared.d_output_transposed(stage), query = shared.query_transposed(stage);
       products.begin();
       issue_product<64>(a, weight_codes, d_output);
 #if HEAD_DIM == 128
-      issue_product<64>(b, weight_codes, d_output + 64 * 64);
+      issue_product<64>(b, weight_codes, d_output, 64 * 64);
       wgmma_wait<1>(a);
       add_product<0>(d_value, a, weight_scale);
       issue_product<64>(a, gradient_codes, query);
       wgmma_wait<1>(b);
-      hold(weight_codes);
+      pin_registers(weight_codes);
       add_product<32>(d_value, b, weight_scale);
-      issue_product<64>(b, gradient_codes, query + 64 * 64);
+      issue_product<64>(b, gradient_codes, query, 64 * 64);
       wgmma_wait<1>(a);
       add_product<0>(d_key, a, gradient_scale);
 #else
       issue_product<64>(b, gradient_codes, query);
       wgmma_wait<1>(a);
-      hold(weight_codes);
+      pin_registers(weight_codes);
       add_product<0>(d_value, a, weight_scale);
 #endif
       ring.advance<STAGES>();
       if (++block == p.query_tiles) block = walk.first;
-      if (turn < turns) mbarrier_wait(shared.full(ring.stage), ring.parity);
+      if (turns > 1) mbarrier_wait(shared.full(ring.stage), ring.parity);
       issue_next_scores(ring.stage);
       products.end();
       wgmma_wait<1>(b);
-      hold(gradient_codes);
+      pin_registers(gradient_codes);
       add_product<HEAD_DIM / 2 - 32>(d_key, b, gradient_scale);
       if (lane == 0) mbarrier_arrive(shared.empty(stage));
       issue_next_weight_gradients(ring.stage);
-      finish_weights(shared.rows(ring.stage), block * kQueryTile);
+      if (turns > 1) {
+        finish(shared.rows(ring.stage), block * kQueryTile);
+      } else {
+        wgmma_wait<0>(a);
+        wgmma_wait<0>(b);
+      }
     }
     const i64 at = i64(walk.kv_head) * p.key_length * p.head_dim;
     const float one[2] = {1.f, 1.f};
@@ -240,7 +260,7 @@ struct Consumer {
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     training_sm90_key_value(const __grid_constant__ TrainParams p) {
   extern __shared__ __align__(1024) u8 memory[];
-  const Shared shared{shared_address(memory)};
+  const Shared shared(shared_address(memory));
   if (threadIdx.x == 0) {
     const int warpgroups = Walk(p).warpgroups;
     for (int stage = 0; stage < STAGES; ++stage) {

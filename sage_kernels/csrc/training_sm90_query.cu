@@ -11,16 +11,17 @@ constexpr int kTileBytes = kKeyTile * HEAD_DIM;  // of K and of its transpose; V
 constexpr int kStageBytes = 4 * kTileBytes;
 constexpr int kQueryBytes = kQueryTile * HEAD_DIM;
 
-// Shared memory: Q and dO of each warpgroup, ring, barriers.
+// Shared memory: Q and dO of each warpgroup, ring, barriers. Where tiles are is in units of 16 bytes.
 struct Shared {
-  u32 base;
+  u32 base, tiles;
   static constexpr int kRing = kWarpgroups * 3 * kQueryBytes;
   static constexpr int kBarriers = kRing + STAGES * kStageBytes;
-  DEVICE u32 query(int warpgroup) const { return base + warpgroup * 3 * kQueryBytes; }
-  DEVICE u32 d_output(int warpgroup) const { return query(warpgroup) + kQueryBytes; }
-  DEVICE u32 key(int stage) const { return base + kRing + stage * kStageBytes; }
-  DEVICE u32 value(int stage) const { return key(stage) + kTileBytes; }
-  DEVICE u32 key_transposed(int stage) const { return key(stage) + 3 * kTileBytes; }
+  DEVICE explicit Shared(u32 base) : base(base), tiles(base / 16) {}
+  DEVICE u32 query(int warpgroup) const { return tiles + warpgroup * (3 * kQueryBytes / 16); }
+  DEVICE u32 d_output(int warpgroup) const { return query(warpgroup) + kQueryBytes / 16; }
+  DEVICE u32 key(int stage) const { return tiles + kRing / 16 + stage * (kStageBytes / 16); }
+  DEVICE u32 value(int stage) const { return key(stage) + kTileBytes / 16; }
+  DEVICE u32 key_transposed(int stage) const { return key(stage) + 3 * kTileBytes / 16; }
   DEVICE u32 full(int stage) const { return base + kBarriers + 8 * stage; }
   DEVICE u32 empty(int stage) const { return full(STAGES + stage); }
   DEVICE u32 queries_full() const { return full(2 * STAGES); }
@@ -46,8 +47,9 @@ DEVICE void produce(const TrainParams& p, const Shared& shared, const Walk& walk
   const i64 tile = i64(walk.head) * p.query_tiles + walk.tile;
   mbarrier_arrive_expect_bytes(shared.queries_full(), walk.warpgroups * 3 * kQueryBytes);
   for (int i = 0; i < walk.warpgroups; ++i) {
-    bulk_load(shared.query(i), p.query + (tile + i) * kQueryBytes, kQueryBytes, shared.queries_full());
-    bulk_load(shared.d_output(i), p.d_output + (tile + i) * kQueryBytes, 2 * kQueryBytes, shared.queries_full());
+    bulk_load(16 * shared.query(i), p.query + (tile + i) * kQueryBytes, kQueryBytes, shared.queries_full());
+    load_rows_16bit(16 * shared.d_output(i), 64 * 128, p.d_output, (walk.tile + i) * kQueryTile, walk.head, p.heads,
+                    shared.queries_full());
   }
   Ring ring;
   i64 key_tile = i64(walk.kv_head) * p.key_tiles;
@@ -56,9 +58,11 @@ DEVICE void produce(const TrainParams& p, const Shared& shared, const Walk& walk
     const u32 full = shared.full(stage);
     mbarrier_wait(shared.empty(stage), ring.parity ^ 1);
     mbarrier_arrive_expect_bytes(full, kStageBytes);
-    bulk_load(shared.key(stage), p.key + key_tile * kTileBytes, kTileBytes, full);
-    bulk_load(shared.value(stage), p.value + key_tile * kTileBytes, 2 * kTileBytes, full);
-    bulk_load(shared.key_transposed(stage), p.key_transposed + key_tile * kTileBytes, kTileBytes, full);
+    bulk_load(16 * shared.key(stage), p.key + key_tile * kTileBytes, kTileBytes, full);
+    for (int half = 0; half < 2; ++half)
+      load_rows_16bit(16 * shared.value(stage) + half * 64 * 128, 128 * 128, p.value, block * kKeyTile + half * 64,
+                      walk.kv_head, p.kv_heads, full);
+    bulk_load(16 * shared.key_transposed(stage), p.key_transposed + key_tile * kTileBytes, kTileBytes, full);
   }
 }
 
@@ -73,7 +77,7 @@ struct Consumer {
   u32 gradients[64];  // dP, then dS
   u32 codes[16];
   float d_query[HEAD_DIM / 2];
-  float lse[2], delta[2], scale[2];
+  float lse[2], minus_delta[2], scale[2];
   float query_factor;
   const float* key_scales;
   int first_row, unmasked;
@@ -87,38 +91,56 @@ struct Consumer {
   DEVICE Consumer(const TrainParams& p, const Shared& shared, const Walk& walk, int warpgroup)
       : p(p), shared(shared), walk(walk), warpgroup(warpgroup), lane(threadIdx.x % 32) {}
 
-  // Keys from the first hidden one on, of the thread's two rows; `limit` counts from the block's first key.
-  DEVICE void hide(const int (&limit)[2]) {
-#pragma unroll
-    for (int i = 0; i < 64; ++i)
-      if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= limit[i / 2 % 2]) scores[i] = 0;
+  // P of one score; at an edge 0 from key `limit` of the block on.
+  template <bool kIsEdge>
+  DEVICE void weight(int i, float factor, const int (&limit)[2]) {
+    const float x = exp2_approx(fmaf(static_cast<int>(scores[i]), factor, -lse[i / 2 % 2]));
+    const bool is_hidden = kIsEdge && i / 4 * 8 + lane % 4 * 2 + i % 2 >= limit[i / 2 % 2];
+    scores[i] = is_hidden ? 0 : __float_as_uint(x);
   }
 
-  // From the scores that are on their way to P, while dP is.
-  DEVICE void finish_weights(int block) {
+  // dS of P and dP.
+  DEVICE void gradient(int i, float (&largest)[4]) {
+    const float x = (__uint_as_float(gradients[i]) + minus_delta[i / 2 % 2]) * __uint_as_float(scores[i]);
+    gradients[i] = __float_as_uint(x);
+    largest[i % 4] = fmaxf(largest[i % 4], fabsf(x));
+  }
+
+  // From the scores and dP that are on their way to the codes of dS. Exponentials have a slow pipe of their own: half
+  // of them are computed while dP is on its way, the others between dS.
+  template <bool kIsEdge>
+  DEVICE void finish_block(int block) {
     const float factor = query_factor * key_scales[block];
-    wgmma_wait<1>(scores);
-#pragma unroll
-    for (int i = 0; i < 64; ++i)
-      scores[i] = __float_as_uint(exp2_approx(fmaf(static_cast<int>(scores[i]), factor, -lse[i / 2 % 2])));
-    if (block >= unmasked) {
-      int limit[2];
+    int limit[2] = {0, 0};
+    if (kIsEdge) {
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         limit[r] = (p.is_causal ? min(p.key_length, first_row + 8 * r + 1) : p.key_length) - block * kKeyTile;
-      hide(limit);
     }
+    wgmma_wait<1>(scores);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) weight<kIsEdge>(i, factor, limit);
+    compute_before_waiting(scores[31]);
     wgmma_wait<0>(gradients);
+    float largest[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      weight<kIsEdge>(32 + i, factor, limit);
+      gradient(i, largest);
+    }
+#pragma unroll
+    for (int i = 32; i < 64; ++i) gradient(i, largest);
+    float inverse[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) scale_row(fmaxf(largest[2 * r], largest[2 * r + 1]), scale[r], inverse[r]);
+    make_codes(codes, gradients, inverse);
   }
 
-  // From P and dP to the codes of dS.
-  DEVICE void finish_gradients() {
-#pragma unroll
-    for (int i = 0; i < 64; ++i)
-      gradients[i] = __float_as_uint((__uint_as_float(gradients[i]) - delta[i / 2 % 2]) * __uint_as_float(scores[i]));
-    float inverse[2];
-    scale_signed(gradients, scale, inverse);
-    make_codes(codes, gradients, inverse);
+  DEVICE void finish(int block) {
+    if (block >= unmasked)
+      finish_block<true>(block);
+    else
+      finish_block<false>(block);
   }
 
   DEVICE void issue_next_scores(int stage) { issue_scores(scores, shared.query(warpgroup), shared.key(stage)); }
@@ -139,35 +161,43 @@ struct Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       lse[r] = rows[thread_row + 8 * r];
-      delta[r] = rows[64 + thread_row + 8 * r];
+      minus_delta[r] = rows[64 + thread_row + 8 * r];
     }
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 2; ++i) d_query[i] = 0.f;
     mbarrier_wait(shared.queries_full(), 0);
-    // No wgmma is on its way where turns meet: the assembler would wait for each one then. In the last turn, the next
-    // scores are those of memory that nobody reads.
+    // No wgmma is on its way where turns meet: the assembler would wait for each one then.
     mbarrier_wait(shared.full(0), 0);
     issue_next_scores(0);
     issue_next_weight_gradients(0);
-    finish_weights(0);
-    for (int block = 1; block <= walk.blocks; ++block) {
+    finish(0);
+    for (int block = 1; block < walk.blocks; ++block) {
       const int stage = ring.stage;
-      finish_gradients();
       issue_product<128>(product(), codes, shared.key_transposed(stage));
       ring.advance<STAGES>();
-      if (block < walk.blocks) mbarrier_wait(shared.full(ring.stage), ring.parity);
+      mbarrier_wait(shared.full(ring.stage), ring.parity);
       issue_next_scores(ring.stage);
+#if HEAD_DIM == 64
+      issue_next_weight_gradients(ring.stage);
+      wgmma_wait<2>(product());
+#else
       wgmma_wait<1>(product());
-      hold(codes);
+#endif
+      pin_registers(codes);
       add_product<0>(d_query, product(), scale);
       if (lane == 0) mbarrier_arrive(shared.empty(stage));
+#if HEAD_DIM == 128
       issue_next_weight_gradients(ring.stage);
-      finish_weights(min(block, walk.blocks - 1));
+#endif
+      finish(block);
     }
+    issue_product<128>(product(), codes, shared.key_transposed(ring.stage));
+    wgmma_wait<0>(product());
+    add_product<0>(d_query, product(), scale);
     float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r)  // NaN where Q, dO or V were not finite: maxima pass over it
-      factor[r] = p.softmax_scale * p.query_sign + (query_factor + delta[r]) * 0.f;
+      factor[r] = p.softmax_scale * p.query_sign + (query_factor + minus_delta[r]) * 0.f;
     const float* channels = p.channel_scales + walk.kv_head * HEAD_DIM + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 2; ++i) d_query[i] *= channels[i / 4 * 8 + i % 2];
@@ -178,7 +208,7 @@ struct Consumer {
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) training_sm90_query(const __grid_constant__ TrainParams p) {
   extern __shared__ __align__(1024) u8 memory[];
-  const Shared shared{shared_address(memory)};
+  const Shared shared(shared_address(memory));
   const Walk walk(p);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {

@@ -92,13 +92,6 @@ DEVICE void store_codes(u8* image, int token, int group, const u32 (&codes)[8]) 
       make_uint2(low_bytes(codes[0], codes[1], codes[2], codes[3]), low_bytes(codes[4], codes[5], codes[6], codes[7]));
 }
 
-// 8 channels of a token, as a tile of kTileTokens with slabs of 64 channels.
-template <int kTileTokens>
-DEVICE void store_16bit(u16* image, int token, int group, const uint4& raw) {
-  u8* slab = reinterpret_cast<u8*>(image) + group / 8 * (kTileTokens * 128);
-  *reinterpret_cast<uint4*>(slab + token * 128 + ((group % 8 ^ swizzle(token, 128)) << 4)) = raw;
-}
-
 // A transposed tile of HEAD_DIM rows is gathered in shared memory, where every 8 rows are so far apart that the words
 // of a warp lie in different banks.
 template <int kTileTokens>

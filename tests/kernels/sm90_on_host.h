@@ -88,6 +88,23 @@ inline void bulk_load(u32 destination, const void* source, u32 bytes, u32 barrie
   update_barrier(barrier, 0, -int(bytes));
 }
 
+// `map`: address, sizes of D, N, H and B, strides in bytes of the last three.
+template <class Map>
+inline void load_rows_16bit(u32 destination, int slab_bytes, const Map& map, int row, int head, int heads,
+                            u32 barrier) {
+  const u64* words = map.words;
+  const u8* matrix = reinterpret_cast<const u8*>(words[0]) + head % heads * words[6] + head / heads * words[7];
+  for (int slab = 0; slab < HEAD_DIM / 64; ++slab)
+    for (int i = 0; i < 64; ++i)
+      for (int chunk = 0; chunk < 8; ++chunk) {
+        u8* place = shared_memory + destination + slab * slab_bytes + i * 128 + (chunk ^ i % 8) * 16;
+        memset(place, 0, 16);
+        if (u64(row + i) < words[2] && u64(slab * 64 + chunk * 8) < words[1])
+          memcpy(place, matrix + (row + i) * words[5] + slab * 128 + chunk * 16, 16);
+      }
+  update_barrier(barrier, 0, -(HEAD_DIM / 64) * 64 * 128);
+}
+
 static struct {
   unsigned arrived, phase;
 } named_barriers[16];
@@ -208,7 +225,8 @@ template <int kPending, class T, int kCount>
 inline void wgmma_wait(T (&)[kCount]) {}
 inline void wgmma_commit() {}
 template <int kCount>
-inline void hold(u32 (&)[kCount]) {}
+inline void pin_registers(u32 (&)[kCount]) {}
+inline void compute_before_waiting(u32) {}
 
 // Where a byte of an operand's row is: the swizzle exchanges address bits 4.. by bits 7...
 inline u32 operand_address(u64 descriptor, int row, int byte) {

@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from compile_int8_triton import PretendedDriver
 from sage_kernels.architectures import find_architecture
-from sage_kernels.training import sm90_backend, triton_backend
+from sage_kernels.training import triton_backend
 from training_cases import make_tensors, run
 
 CALLS = ((128, True, "int8"),)
@@ -37,10 +37,6 @@ def main():
     for head_dim, is_causal, precision in CALLS:
         tensors = make_tensors(1, 2, 1, 300, 300, head_dim, torch.bfloat16)
         run(*tensors, is_causal=is_causal, precision=precision)
-        if (major, minor) == (9, 0):
-            sm90_backend.serves, sm90_backend.attend = lambda *call: True, lambda *call: None
-            saved = triton_backend.forward(*tensors[:3], torch.empty_like(tensors[0]), is_causal, 0.1, precision)
-            sm90_backend.make_images(tensors[3], tensors[2], tensors[0], saved)
         for name, binary in compiled:
             case = f"{precision} D{head_dim}"
             print(json.dumps({"kernel": name, "case": case, "shared": binary.metadata.shared}), flush=True)

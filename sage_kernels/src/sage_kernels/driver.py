@@ -3,7 +3,7 @@
 import ctypes
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +12,10 @@ from typing import Any
 _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
 _PARAMETER_ARRAY = c_void_p * 1
+TENSOR_MAP = ctypes.c_uint64 * 16  # CUtensorMap
+_TENSOR_MAP_ALIGNMENT = 64
+# CUtensorMapDataType, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill
+_16_BITS, _NOT_INTERLEAVED, _SWIZZLED_128_BYTES, _L2_128_BYTES, _ZEROS = 1, 0, 3, 2, 0
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
@@ -156,6 +160,31 @@ class Driver:
         offset, size = c_size_t(), c_size_t()
         self._check("cuFuncGetParamInfo", get_info(function, 0, byref(offset), byref(size)))
         return size.value
+
+    def tensor_map(
+        self, address: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
+    ) -> "ctypes.Array[ctypes.c_uint64]":
+        """How bulk copies find boxes of a matrix of 16-bit numbers, with rows of 128 bytes swizzled, zeros beyond it.
+
+        Args:
+            address: a multiple of 16.
+            sizes: of its axes, the fastest first.
+            strides: of all but the first axis, in bytes; multiples of 16.
+            box: size in each axis.
+        """
+        rank = len(sizes)
+        place = (ctypes.c_uint64 * (16 + _TENSOR_MAP_ALIGNMENT // 8))()
+        start = ctypes.addressof(place)
+        aligned = start + -start % _TENSOR_MAP_ALIGNMENT
+        encode = self._library.cuTensorMapEncodeTiled
+        encode.restype = c_int
+        result = encode(
+            c_void_p(aligned), c_int(_16_BITS), c_uint(rank), c_void_p(address), (ctypes.c_uint64 * rank)(*sizes),
+            (ctypes.c_uint64 * (rank - 1))(*strides), (c_uint * rank)(*box), (c_uint * rank)(*[1] * rank),
+            c_int(_NOT_INTERLEAVED), c_int(_SWIZZLED_128_BYTES), c_int(_L2_128_BYTES), c_int(_ZEROS),
+        )  # fmt: skip
+        self._check("cuTensorMapEncodeTiled", result)
+        return TENSOR_MAP.from_buffer_copy(place, aligned - start)
 
     def allow_shared_memory(self, context: int, function: int, size: int) -> None:
         """Let launches of `function` use up to `size` bytes of dynamic shared memory."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sage_kernels.architectures import device_architecture
 from sage_kernels.cubin_loader import LoadedKernel, load_kernel, loading_obstacle
+from sage_kernels.driver import TENSOR_MAP, cuda_driver
 from sage_kernels.kernel_variants import (
     TRAINING_SM90_ENTRIES,
     TRAINING_SM90_KEYS,
@@ -33,11 +34,9 @@ class _Parameters(ctypes.Structure):
     """csrc/training_sm90.cuh."""
 
     _fields_ = (
-        *((name, ctypes.c_uint64) for name in ("query", "query_transposed", "d_output", "d_output_transposed")),
-        *(
-            (name, ctypes.c_uint64)
-            for name in ("rows", "key", "key_transposed", "value", "key_scales", "channel_scales")
-        ),
+        *((name, TENSOR_MAP) for name in ("d_output", "value")),
+        *((name, ctypes.c_uint64) for name in ("query", "query_transposed", "d_output_transposed", "rows")),
+        *((name, ctypes.c_uint64) for name in ("key", "key_transposed", "key_scales", "channel_scales")),
         *((name, ctypes.c_uint64) for name in ("d_query", "d_key", "d_value")),
         *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "query_length", "key_length")),
         *((name, ctypes.c_int32) for name in ("query_tiles", "key_tiles", "head_dim", "is_causal")),
@@ -77,12 +76,10 @@ class _ImagesParameters(ctypes.Structure):
     """TrainImagesParams of csrc/training_sm90_images.cu."""
 
     _fields_ = (
-        *((name, ctypes.c_uint64) for name in ("d_output", "output", "value", "query", "query_scales", "lse")),
-        *((name, ctypes.c_uint64) for name in ("query_transposed", "d_output_image", "d_output_transposed")),
-        *((name, ctypes.c_uint64) for name in ("rows", "value_image")),
-        *((name, ctypes.c_int64 * 3) for name in ("d_output_strides", "output_strides", "value_strides")),
-        *((name, ctypes.c_int32) for name in ("batch", "heads", "kv_heads", "query_length", "key_length")),
-        *((name, ctypes.c_int32) for name in ("query_tiles", "key_tiles", "head_dim")),
+        *((name, ctypes.c_uint64) for name in ("d_output", "output", "query", "query_scales", "lse")),
+        *((name, ctypes.c_uint64) for name in ("query_transposed", "d_output_transposed", "rows")),
+        *((name, ctypes.c_int64 * 3) for name in ("d_output_strides", "output_strides")),
+        *((name, ctypes.c_int32) for name in ("heads", "query_length", "query_tiles", "head_dim")),
     )
 
 
@@ -194,47 +191,50 @@ def quantize(
     _load(saved.query.shape[2], q.dtype, q.device)["training_sm90_quantize"].launch((blocks, 1, 1), parameters)
 
 
-def make_images(d_output: Tensor, v: Tensor, output: Tensor, saved: Saved) -> dict[str, Tensor]:
+def make_images(d_output: Tensor, output: Tensor, saved: Saved) -> dict[str, Tensor]:
     """Tiles that the backward kernels need besides `saved`, by the names of their parameters."""
-    d_output, v, output = (_with_aligned_rows(x) for x in (d_output, v, output))
+    d_output, output = (_with_aligned_rows(x) for x in (d_output, output))
     batch, heads, query_length, head_dim = output.shape
-    kv_heads, key_length = v.shape[1:3]
-    query_tiles, key_tiles = saved.query_scales.shape[1], saved.key_scales.shape[1]
+    query_tiles = saved.query_scales.shape[1]
     result = {name: torch.empty_like(saved.query) for name in ("query_transposed", "d_output_transposed")}
-    result["d_output"] = torch.empty_like(saved.query, dtype=d_output.dtype)
-    result["value"] = torch.empty_like(saved.key, dtype=v.dtype)
     result["rows"] = saved.lse.new_empty((batch * heads * query_tiles, _ROW_FLOATS))
     parameters = _ImagesParameters(
         d_output=d_output.data_ptr(),
         output=output.data_ptr(),
-        value=v.data_ptr(),
         query=saved.query.data_ptr(),
         query_scales=saved.query_scales.data_ptr(),
         lse=saved.lse.data_ptr(),
         query_transposed=result["query_transposed"].data_ptr(),
-        d_output_image=result["d_output"].data_ptr(),
         d_output_transposed=result["d_output_transposed"].data_ptr(),
         rows=result["rows"].data_ptr(),
-        value_image=result["value"].data_ptr(),
         d_output_strides=d_output.stride()[:3],
         output_strides=output.stride()[:3],
-        value_strides=v.stride()[:3],
-        batch=batch,
         heads=heads,
-        kv_heads=kv_heads,
         query_length=query_length,
-        key_length=key_length,
         query_tiles=query_tiles,
-        key_tiles=key_tiles,
         head_dim=head_dim,
     )
-    blocks = batch * heads * -(-query_tiles // _QUERY_TILES) + batch * kv_heads * key_tiles
-    _load(saved.query.shape[2], v.dtype, v.device)["training_sm90_images"].launch((blocks, 1, 1), parameters)
+    blocks = batch * heads * -(-query_tiles // _QUERY_TILES)
+    _load(saved.query.shape[2], output.dtype, output.device)["training_sm90_images"].launch((blocks, 1, 1), parameters)
     return result
 
 
 def _with_aligned_rows(x: Tensor) -> Tensor:
     return x if has_aligned_rows(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def _mappable(x: Tensor) -> Tensor:
+    """x, or a copy where its strides are not those that tensor maps can have."""
+    steps = [stride for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
+    is_aligned = x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in steps)
+    return x if x.stride(3) == 1 and is_aligned else x.contiguous()
+
+
+def _tensor_map(x: Tensor) -> "ctypes.Array[ctypes.c_uint64]":
+    """Of [B, H, N, D] in 16 bits, for boxes of 64 rows and 64 channels, swizzled."""
+    batch, heads, rows, head_dim = x.shape
+    strides = [2 * (stride if size > 1 else head_dim) for stride, size in zip(x.stride(), x.shape, strict=True)]
+    return cuda_driver().tensor_map(x.data_ptr(), (head_dim, rows, heads, batch), strides[2::-1], (64, 64, 1, 1))
 
 
 def backward(
@@ -246,7 +246,8 @@ def backward(
     query_tiles, key_tiles = saved.query_scales.shape[1], saved.key_scales.shape[1]
     d_query = torch.empty(output.shape, dtype=v.dtype, device=v.device)
     d_key, d_value = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for _ in range(2))
-    tensors = make_images(d_output, v, output, saved)
+    d_output, v = _mappable(d_output), _mappable(v)
+    tensors = make_images(d_output, output, saved)
     tensors |= {
         "query": saved.query,
         "key": saved.key,
@@ -258,6 +259,8 @@ def backward(
         "d_value": d_value,
     }
     parameters = _Parameters(
+        d_output=_tensor_map(d_output),
+        value=_tensor_map(v),
         **{name: x.data_ptr() for name, x in tensors.items()},
         heads=heads,
         kv_heads=kv_heads,

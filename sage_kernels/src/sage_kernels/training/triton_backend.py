@@ -73,20 +73,21 @@ def forward(
     with on_device(q.device):
         quantize.sum_keys[(batch * kv_heads * _CHUNKS,)](
             k, *partials, *k.stride(), kv_heads, key_length, -(-steps // _CHUNKS),
-            HEAD_DIM=head_dim, BLOCK_D=block_d, ROWS=rows, CHUNKS=_CHUNKS, num_warps=8,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, ROWS=rows, CHUNKS=_CHUNKS, num_warps=4,
         )  # fmt: skip
         if in_cuda:
             sm90_backend.quantize(q, k, v, partials, saved, value_codes, value_scales, _sign(scale))
             sm90_backend.attend(saved, value_codes, value_scales, output, key_length, is_causal, scale)
             return saved
         query_programs = batch * heads * query_tiles
-        quantize.quantize_inputs[(query_programs + batch * kv_heads * key_tiles,)](
+        key_programs = batch * kv_heads * key_tiles
+        quantize.quantize_inputs[(query_programs + 3 * key_programs,)](
             q, k, v, *partials, saved.query, saved.query_scales, saved.key, saved.key_scales,
             saved.key_transposed, saved.channel_scales, value_codes, value_scales,
             *q.stride(), *k.stride(), *v.stride(), heads, kv_heads, query_length, key_length,
-            query_tiles, key_tiles, query_programs, _sign(scale),
+            query_tiles, key_tiles, query_programs, key_programs, _sign(scale),
             HEAD_DIM=head_dim, BLOCK_D=block_d, QUERY_TILE=recipe.query_tile, KEY_TILE=recipe.key_tile, CHUNKS=_CHUNKS,
-            FP8=fp8, num_warps=8,
+            FP8=fp8, num_warps=4,
         )  # fmt: skip
         blocks = -(-query_length // config.forward.block_m)
         kernels.attend[(batch * heads * blocks,)](

@@ -16,7 +16,16 @@ from sage_kernels.training.triton_kernels.numbers import (
     store_tile,
 )
 
-_SIZES = ["heads", "kv_heads", "query_length", "key_length", "query_tiles", "key_tiles", "query_programs"]
+_SIZES = [
+    "heads",
+    "kv_heads",
+    "query_length",
+    "key_length",
+    "query_tiles",
+    "key_tiles",
+    "query_programs",
+    "key_programs",
+]
 
 
 @triton.jit(do_not_specialize=["kv_heads", "key_length", "steps"])
@@ -92,6 +101,7 @@ def quantize_inputs(
     query_tiles,
     key_tiles,
     query_programs,
+    key_programs,
     query_sign,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -100,7 +110,7 @@ def quantize_inputs(
     CHUNKS: tl.constexpr,
     FP8: tl.constexpr,
 ):
-    """One tile of Q (the first query_programs), or one of K and of V."""
+    """One tile of Q (the first query_programs), of K, of K transposed or of V."""
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK_D)
     if program < query_programs:
@@ -114,39 +124,46 @@ def quantize_inputs(
         tl.store(query_scales + head * query_tiles + tile + tl.arange(0, 1), scale)
     else:
         program -= query_programs
+        job = program // key_programs
+        program -= job * key_programs
         head, tile = (program // key_tiles).to(tl.int64), program % key_tiles
         batch, kv_head = head // kv_heads, head % kv_heads
         key_lanes = tl.arange(0, KEY_TILE)
-        key_rows = tile * KEY_TILE + key_lanes
-        valid = key_rows < key_length
-        key += batch * key_batch_stride + kv_head * key_head_stride
-        pieces = tl.arange(0, CHUNKS)[:, None] * BLOCK_D + columns[None, :]
-        mean = tl.sum(tl.load(partials + head * CHUNKS * BLOCK_D + pieces), 0) / key_length.to(tl.float32)
-        keys = load_rows(key, key_rows, key_row_stride, columns, key_column_stride, valid, HEAD_DIM)
-        codes_of_key, scale = quantize_tile(tl.where(valid[:, None], keys - mean[None, :], 0.0), FP8)
         place = (head * key_tiles + tile) * KEY_TILE * BLOCK_D
-        store_tile(codes_of_key, key_codes + place, KEY_TILE, BLOCK_D)
-        tl.store(key_scales + head * key_tiles + tile + tl.arange(0, 1), scale)
-
-        # dS K sums over keys, so that K can have a scale for each channel there: all keys share it.
-        absmax = tl.maximum(
-            tl.max(tl.load(highest + head * CHUNKS * BLOCK_D + pieces), 0) - mean,
-            mean - tl.min(tl.load(lowest + head * CHUNKS * BLOCK_D + pieces), 0),
-        )
-        key_rows = tile * KEY_TILE + permuted(key_lanes)
-        valid = key_rows < key_length
-        keys = load_rows(key, key_rows, key_row_stride, columns, key_column_stride, valid, HEAD_DIM)
-        keys = tl.where(valid[:, None], keys - mean[None, :], 0.0)
-        codes_of_key, scales = quantize_with(keys, absmax[None, :], FP8)
-        store_tile(tl.trans(codes_of_key), key_transposed + place, BLOCK_D, KEY_TILE)
-        if tile == 0:
-            tl.store(channel_scales + head * BLOCK_D + columns[None, :], scales)
-
-        value += batch * value_batch_stride + kv_head * value_head_stride
-        values = load_rows(value, key_rows, value_row_stride, columns, value_column_stride, valid, HEAD_DIM)
-        codes_of_value, scale = quantize_tile(values, FP8)
-        store_tile(tl.trans(codes_of_value), value_codes + place, BLOCK_D, KEY_TILE)
-        tl.store(value_scales + head * key_tiles + tile + tl.arange(0, 1), scale)
+        if job == 2:
+            key_rows = tile * KEY_TILE + permuted(key_lanes)
+            value += batch * value_batch_stride + kv_head * value_head_stride
+            values = load_rows(
+                value, key_rows, value_row_stride, columns, value_column_stride, key_rows < key_length, HEAD_DIM
+            )
+            codes_of_value, scale = quantize_tile(values, FP8)
+            store_tile(tl.trans(codes_of_value), value_codes + place, BLOCK_D, KEY_TILE)
+            tl.store(value_scales + head * key_tiles + tile + tl.arange(0, 1), scale)
+        else:
+            key += batch * key_batch_stride + kv_head * key_head_stride
+            pieces = tl.arange(0, CHUNKS)[:, None] * BLOCK_D + columns[None, :]
+            mean = tl.sum(tl.load(partials + head * CHUNKS * BLOCK_D + pieces), 0) / key_length.to(tl.float32)
+            if job == 0:
+                key_rows = tile * KEY_TILE + key_lanes
+                valid = key_rows < key_length
+                keys = load_rows(key, key_rows, key_row_stride, columns, key_column_stride, valid, HEAD_DIM)
+                codes_of_key, scale = quantize_tile(tl.where(valid[:, None], keys - mean[None, :], 0.0), FP8)
+                store_tile(codes_of_key, key_codes + place, KEY_TILE, BLOCK_D)
+                tl.store(key_scales + head * key_tiles + tile + tl.arange(0, 1), scale)
+            else:
+                # dS K sums over keys, so that K can have a scale for each channel there: all keys share it.
+                absmax = tl.maximum(
+                    tl.max(tl.load(highest + head * CHUNKS * BLOCK_D + pieces), 0) - mean,
+                    mean - tl.min(tl.load(lowest + head * CHUNKS * BLOCK_D + pieces), 0),
+                )
+                key_rows = tile * KEY_TILE + permuted(key_lanes)
+                valid = key_rows < key_length
+                keys = load_rows(key, key_rows, key_row_stride, columns, key_column_stride, valid, HEAD_DIM)
+                keys = tl.where(valid[:, None], keys - mean[None, :], 0.0)
+                codes_of_key, scales = quantize_with(keys, absmax[None, :], FP8)
+                store_tile(tl.trans(codes_of_key), key_transposed + place, BLOCK_D, KEY_TILE)
+                if tile == 0:
+                    tl.store(channel_scales + head * BLOCK_D + columns[None, :], scales)
 
 
 @triton.jit(do_not_specialize=["heads", "query_length", "query_tiles"])
