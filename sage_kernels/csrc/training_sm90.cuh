@@ -131,10 +131,10 @@ DEVICE u64 operand(u32 address, int offset) {
 // S or its transpose: rows of HEAD_DIM codes each.
 template <int kCount>
 DEVICE void issue_scores(u32 (&scores)[kCount], u32 left, u32 right) {
+  const u64 a = operand<HEAD_DIM>(left, 0), b = operand<HEAD_DIM>(right, 0);
   wgmma_fence(scores);
 #pragma unroll
-  for (int step = 0; step < HEAD_DIM / 32; ++step)
-    multiply_codes(scores, operand<HEAD_DIM>(left, 32 * step), operand<HEAD_DIM>(right, 32 * step), step > 0);
+  for (int step = 0; step < HEAD_DIM / 32; ++step) multiply_codes(scores, a + 2 * step, b + 2 * step, step > 0);
   wgmma_commit();
 }
 
@@ -145,10 +145,10 @@ DEVICE void issue_weight_gradients(u32 (&sums)[kCount], u32 left, int left_slab,
   wgmma_fence(sums);
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
+    const u64 a = operand<128>(left, slab * left_slab), b = operand<128>(right, slab * right_slab);
 #pragma unroll
     for (int step = 0; step < 4; ++step)
-      multiply_16bit(sums, operand<128>(left, slab * left_slab + 32 * step),
-                     operand<128>(right, slab * right_slab + 32 * step), accumulates || slab + step > 0);
+      multiply_16bit(sums, a + 2 * step, b + 2 * step, accumulates || slab + step > 0);
   }
   wgmma_commit();
 }
@@ -156,11 +156,11 @@ DEVICE void issue_weight_gradients(u32 (&sums)[kCount], u32 left, int left_slab,
 // Codes times a transposed tile with rows of kTokens bytes.
 template <int kTokens, int kCount, int kCodes>
 DEVICE void issue_product(u32 (&product)[kCount], u32 (&codes)[kCodes], u32 right, int offset = 0) {
+  const u64 b = operand<kTokens>(right, offset);
   pin_registers(codes);
   wgmma_fence(product);
 #pragma unroll
-  for (int step = 0; step < kTokens / 32; ++step)
-    multiply_codes(product, codes + 4 * step, operand<kTokens>(right, offset + 32 * step), step > 0);
+  for (int step = 0; step < kTokens / 32; ++step) multiply_codes(product, codes + 4 * step, b + 2 * step, step > 0);
   wgmma_commit();
 }
 
