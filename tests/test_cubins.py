@@ -21,6 +21,8 @@ NATIVE_OPCODES: dict[str, dict[str, tuple[str, ...]]] = {
     "training_sm90_forward": {"sm_90a": ("IGMMA",)},
     "training_sm90_key_value": {"sm_90a": ("IGMMA", "HGMMA")},
     "training_sm90_query": {"sm_90a": ("IGMMA", "HGMMA")},
+    "training_sm90_quantize": {},
+    "training_sm90_images": {},
 }
 EMULATION_MARKER = "sage_emulates_fp4"  # every source that can emulate defines this symbol when it does
 REGISTERS_PER_BLOCK, REGISTERS_PER_THREAD = 65536, 255

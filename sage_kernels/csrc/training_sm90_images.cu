@@ -64,7 +64,7 @@ DEVICE void prepare_queries(const TrainImagesParams& p, const Shared& shared, co
   uint4 raw[kRounds][4];
   load_tokens(raw, p.d_output + batch * p.d_output_strides[0] + query_head * p.d_output_strides[1],
               p.d_output_strides[2], pair * kTokens, p.query_length, p.head_dim, at);
-  u32 largest[kHalves] = {};
+  u32 largest[kRounds] = {};
   {
     uint4 output[kRounds][4];
     load_tokens(output, p.output + batch * p.output_strides[0] + query_head * p.output_strides[1], p.output_strides[2],
@@ -78,9 +78,7 @@ DEVICE void prepare_queries(const TrainImagesParams& p, const Shared& shared, co
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
           delta = fmaf(gradient.x[c], x.x[c], delta);
-#pragma unroll
-          for (int half = 0; half < kHalves; ++half)
-            if (at.half(round) == half) largest[half] = max(largest[half], magnitude(gradient.x[c]));
+          largest[round] = max(largest[round], magnitude(gradient.x[c]));
         }
         delta += __shfl_xor_sync(~0u, delta, 1);
         delta += __shfl_xor_sync(~0u, delta, 2);
@@ -88,11 +86,10 @@ DEVICE void prepare_queries(const TrainImagesParams& p, const Shared& shared, co
           store_shared_word(shared.deltas(at.group / 4) + 4 * at.token(round, i), __float_as_uint(delta));
       }
   }
-#pragma unroll
-  for (int half = 0; half < kHalves; ++half) largest[half] = block_maximum(largest[half], shared.scratch(half));
+  const uint2 maxima = half_maxima(largest, at, shared.scratch(0), shared.scratch(1));
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
-    const Scale scale = make_scale(at.half(round) == 0 ? largest[0] : largest[1]);
+    const Scale scale = make_scale(at.half(round) == 0 ? maxima.x : maxima.y);
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
       u32 codes[4];
@@ -124,7 +121,7 @@ DEVICE void prepare_queries(const TrainImagesParams& p, const Shared& shared, co
   if (threadIdx.x < min(tiles, kHalves)) {
     const u32 bad = load_shared_word(shared.scratch(kHalves) + threadIdx.x * 8) |
                     load_shared_word(shared.scratch(kHalves) + threadIdx.x * 8 + 4);
-    const float scale = make_scale(threadIdx.x == 0 ? largest[0] : largest[1]).scale;
+    const float scale = make_scale(threadIdx.x == 0 ? maxima.x : maxima.y).scale;
     float* rows = p.rows + (first_tile + threadIdx.x) * kRowFloats + 2 * kQueryTile;
     rows[0] = p.query_scales[first_tile + threadIdx.x];
     rows[1] = bad ? __uint_as_float(0x7fc00000) : scale;

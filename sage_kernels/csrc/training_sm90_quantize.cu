@@ -36,25 +36,21 @@ DEVICE void quantize_queries(const TrainQuantizeParams& p, const Shared& shared,
   const u16* source = p.query + head / p.heads * p.query_strides[0] + head % p.heads * p.query_strides[1];
   uint4 raw[kRounds][4];
   load_tokens(raw, source, p.query_strides[2], pair * kTokens, p.query_length, p.head_dim, at);
-  u32 largest[kHalves] = {};
+  u32 largest[kRounds] = {};
 #pragma unroll
   for (int round = 0; round < kRounds; ++round)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const Channels x = unpack(raw[round][i]);
 #pragma unroll
-      for (int c = 0; c < 8; ++c)
-#pragma unroll
-        for (int half = 0; half < kHalves; ++half)
-          if (at.half(round) == half) largest[half] = max(largest[half], magnitude(x.x[c]));
+      for (int c = 0; c < 8; ++c) largest[round] = max(largest[round], magnitude(x.x[c]));
     }
-#pragma unroll
-  for (int half = 0; half < kHalves; ++half) largest[half] = block_maximum(largest[half], shared.scratch(half));
+  const uint2 maxima = half_maxima(largest, at, shared.scratch(0), shared.scratch(1));
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
     const int half = at.half(round), tile = pair * kHalves + half;
     if (tile >= p.query_tiles) continue;
-    const Scale scale = make_scale(half == 0 ? largest[0] : largest[1]);
+    const Scale scale = make_scale(half == 0 ? maxima.x : maxima.y);
     u8* image = p.query_codes + (head * p.query_tiles + tile) * kQueryTile * HEAD_DIM;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -55,18 +55,27 @@ struct Scale {
   bool is_usable;
 };
 
+// The next step of an approximate quotient, which rounds it correctly where `inverse` is that of `divisor` (Markstein).
+DEVICE float correct_quotient(float estimate, float numerator, float divisor, float inverse) {
+  return fmaf(fmaf(-estimate, divisor, numerator), inverse, estimate);
+}
+
 DEVICE Scale make_scale(u32 largest) {
   const float absmax = __uint_as_float(largest);
   const bool is_finite = largest < 0x7f800000, is_usable = is_finite && absmax > kSmallest;
-  const float scale = is_finite ? absmax / kLimit : __uint_as_float(0x7fc00000), divisor = is_usable ? scale : 1.f;
-  return {scale, divisor, 1.f / divisor, is_usable};
+  constexpr float kInverse = 1.f / kLimit;
+  const float quotient = correct_quotient(absmax * kInverse, absmax, kLimit, kInverse);
+  const float scale = is_finite ? quotient : __uint_as_float(0x7fc00000), divisor = is_usable ? scale : 1.f;
+  // Not the division operator, whose slow path takes a stack.
+  const float inverse = reciprocal_approx(divisor);
+  return {scale, divisor, correct_quotient(inverse, 1.f, divisor, inverse), is_usable};
 }
 
-// In the low byte. The quotient is correctly rounded (Markstein), because 16-bit numbers fall between two codes often
-// enough for a product with the inverse to tell.
+// In the low byte. The quotient is correctly rounded, because 16-bit numbers fall between two codes often enough for a
+// product with the inverse to tell.
 DEVICE u32 find_code(float x, const Scale& s) {
   const float numerator = s.is_usable ? x : 0.f, estimate = numerator * s.inverse;
-  return __float_as_uint(fmaf(fmaf(-estimate, s.divisor, numerator), s.inverse, estimate) + kRound);
+  return __float_as_uint(correct_quotient(estimate, numerator, s.divisor, s.inverse) + kRound);
 }
 
 DEVICE u32 low_bytes(u32 a, u32 b, u32 c, u32 d) {
@@ -82,6 +91,19 @@ DEVICE u32 block_maximum(u32 largest, u32 scratch) {
 #pragma unroll
   for (int warp = 0; warp < kWarps; ++warp) largest = max(largest, load_shared_word(scratch + warp * 4));
   return largest;
+}
+
+// Of each half, from what a thread found in each round.
+DEVICE uint2 half_maxima(const u32 (&largest)[kRounds], const Place& at, u32 scratch, u32 other_scratch) {
+  uint2 own = make_uint2(0, 0);
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) {
+    if (at.half(round) == 0)
+      own.x = max(own.x, largest[round]);
+    else
+      own.y = max(own.y, largest[round]);
+  }
+  return make_uint2(block_maximum(own.x, scratch), block_maximum(own.y, other_scratch));
 }
 
 // ---- images --------------------------------------------------------------------------------------------------------
