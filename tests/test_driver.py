@@ -113,6 +113,22 @@ def test_drivers_that_cannot_tell_the_parameter_size_are_fine():
     assert Driver(library).parameter_bytes(5) is None
 
 
+def test_tensor_maps_are_written_where_the_driver_wants_them():
+    library = FakeCuda()
+    found = Driver(library).tensor_map(4096, (40, 300, 6, 2), (80, 24000, 144000), (64, 64, 1, 1))
+    assert bytes(found) == b"\xab" * 128
+    out, kind, rank, address, sizes, strides, box, steps, *modes = library.last("cuTensorMapEncodeTiled")
+    assert out.value % 64 == 0
+    assert (kind.value, rank.value, address.value) == (1, 4, 4096)  # 16 bits without a sign
+    assert [list(x) for x in (sizes, strides, box, steps)] == [
+        [40, 300, 6, 2],
+        [80, 24000, 144000],
+        [64, 64, 1, 1],
+        [1, 1, 1, 1],
+    ]
+    assert [mode.value for mode in modes] == [0, 3, 2, 0]  # not interleaved, swizzled by 128 bytes, L2, zeros outside
+
+
 def test_threads_can_launch_at_once():
     library = FakeCuda()
     library.contexts.append(1000)  # of every thread: the fake has one stack

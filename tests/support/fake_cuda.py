@@ -32,6 +32,7 @@ class FakeCuda(SimpleNamespace):
             "cuModuleGetFunction": self._get_function,
             "cuFuncGetParamInfo": lambda function, index, offset, size: write(size, parameter_bytes),
             "cuLaunchKernelEx": self._launch,
+            "cuTensorMapEncodeTiled": lambda out, *_: ctypes.memset(out.value, 0xAB, 128),
         }
         for name in (*self._answers, "cuInit", "cuFuncSetAttribute"):
             setattr(self, name, self._function(name))
