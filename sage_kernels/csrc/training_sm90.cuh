@@ -9,8 +9,8 @@ struct alignas(64) TensorMap {
   u64 words[16];
 };
 
-// Tiles as training/triton_kernels/images.py lays them out: rows of 64 or 128 bytes, 16-byte chunks swizzled as wgmma
-// reads them. Transposed ones hold tokens in the order in which accumulators become an 8-bit operand.
+// Tiles as training_sm90_quantize.cu and training_sm90_images.cu lay them out: rows of 64 or 128 bytes, 16-byte chunks
+// swizzled as wgmma reads them. Transposed ones hold tokens in the order in which accumulators become an 8-bit operand.
 struct TrainParams {
   TensorMap d_output, value;
   const u8* query;                // [B * H, query_tiles][64][HEAD_DIM]
