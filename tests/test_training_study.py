@@ -163,10 +163,26 @@ def test_the_report_says_what_is_measured_and_what_is_missing(study, tmp_path):
     text = (tmp_path / "report" / "TRAINING.md").read_text()
     assert "FP4, ours, int8 against bf16: confirmed; INT8 gives a smaller loss, by 1.000 thousandths" in text
     assert "FP4 as published, int8 against bf16: not confirmed" in text
-    assert text.count("Not measured yet") == 4
+    assert text.count("Not measured yet") == 5
     assert "Steps with a loss or gradient norm that is not finite: 0." in text
     assert (tmp_path / "report" / "pretraining.png").stat().st_size > 1000
     assert "<table>" in (tmp_path / "report" / "training.html").read_text()
+
+
+def test_the_profilers_counts_are_those_of_a_kernels_last_launch(study):
+    listing = """what the program prints
+==PROF== Disconnected
+"ID","Kernel Name","time","busy"
+"","","ns","%"
+"0","training_sm90_query(TrainParams)","1,500","5.5"
+"1","training_sm90_forward(TrainForwardParams)","900","40.25"
+"2","training_sm90_query(TrainParams)","1,000","6.5"
+"""
+    counts = study("training_profile").read_counts(listing, {"us": "time", "issue_slots_busy": "busy"})
+    assert counts == {
+        "query": {"us": 1000.0, "issue_slots_busy": 6.5},
+        "forward": {"us": 900.0, "issue_slots_busy": 40.25},
+    }
 
 
 def test_the_fp4_emulator_computes_the_reference_in_the_interpreter():

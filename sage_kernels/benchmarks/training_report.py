@@ -2,8 +2,8 @@
 
     python sage_kernels/benchmarks/training_report.py
 
-The result files come from training.py, layer_latency.py, training_gradients.py, fine_tuning.py, pretraining.py and
-lora.py; what is missing is named in the report.
+The result files come from training.py, training_profile.py, layer_latency.py, training_gradients.py, fine_tuning.py,
+pretraining.py and lora.py; what is missing is named in the report.
 """
 
 import argparse

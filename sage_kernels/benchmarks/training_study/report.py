@@ -10,11 +10,14 @@ from typing import Any
 from paper_study import plots
 from paper_study.document import Cell, Document, source
 
+from sage_kernels.benchmark_shapes import TRAINING_SHAPES
+
 from . import published
 
 Result = dict[str, Any]
 MODELS = {"wan_digits": "demo video model", "byte_lm": "byte language model"}
 TENSORS = {"output": "O", "dq": "dQ", "dk": "dK", "dv": "dV"}
+_RESOURCES = {"issue_slots": "issue slots", "tensor_cores": "tensor cores"}
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -28,6 +31,7 @@ def write_report(results: Path, report: Path) -> None:
         "commands named here. Where a claim is not confirmed the text says so."
     )
     speed(document, read(results / "training.json"))
+    profile(document, read(results / "training_profile.json"))
     layer(document, read(results / "layer_latency.json"))
     ablation(document, read(results / "training_gradients.json"))
     fine_tuning(document, read(results / "fine_tuning.json"))
@@ -84,6 +88,45 @@ def speed(document: Document, result: Result | None) -> None:
                     f"{row['extra_bytes'] / flash['extra_bytes']:.2f} x FlashAttention's."
                 )
         document.items(items)
+
+
+def profile(document: Document, result: Result | None) -> None:
+    """What the kernels wait for."""
+    for found in section(document, "Where the time of attention goes", result, "training_profile.py"):
+        document.text(
+            "One pass under Nsight Compute, at the clock that it sets. Issue slots, tensor cores, special functions "
+            "(exponentials) and memory: percent of the time in which they are busy. Instructions are for each score "
+            "that a thread computes."
+        )
+        lines: list[list[Cell]] = []
+        items = []
+        for shape in TRAINING_SHAPES:
+            rows = [row for row in found["rows"] if row["shape"] == shape.name]
+            scores = shape.batch * shape.heads * shape.length**2 / (2 if shape.is_causal else 1)
+            for row in rows:
+                multiplies = row["tensor_cores_busy"] > 1
+                lines.append([
+                    f"{shape.name}, {row['method']}", round(row["us"]),
+                    f"{32 * row['instructions'] / scores:.1f}" if multiplies else None,
+                    *(round(row[f"{key}_busy"]) for key in (*_RESOURCES, "special_functions", "dram")),
+                ])  # fmt: skip
+            if not rows:
+                continue
+            total = sum(row["us"] for row in rows)
+            issue, tensor = (sum(row["us"] * row[f"{key}_busy"] for row in rows) / total for key in _RESOURCES)
+            items.append(
+                f"{shape.name}: {_RESOURCES['issue_slots']} are busy {issue:.0f} % of the time and "
+                f"{_RESOURCES['tensor_cores']} {tensor:.0f} %: neither is the limit. With issue slots always busy the "
+                f"same instructions would take {issue / 100:.2f} of the time."
+            )
+        document.table(["", "us", "instructions", "issue slots", "tensor cores", "exponentials", "DRAM"], lines)
+        document.items(items)
+        document.text(
+            "What keeps both from being busy is that products wait for codes and codes for scores: a thread's "
+            "registers hold the sums of dK and dV and one block of scores, so that little of one block overlaps the "
+            "next. At head dimension 64 the tensor cores have half of the work for as many scores, whose codes, maxima "
+            "and scales cost as much as at 128: there INT8 gains least."
+        )
 
 
 def layer(document: Document, result: Result | None) -> None:
