@@ -92,8 +92,9 @@ def test_a_driver_that_is_too_old_is_named(cache, monkeypatch):
 
 def test_it_runs_on_the_current_stream(load):
     kernel, stream = load(), torch.cuda.Stream()
+    launch(kernel)  # torch loads its own kernels at first use, which takes long
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # what the launch must wait for, and the default stream must not
+        torch.cuda._sleep(200_000_000)  # what the launch must wait for, and the default stream must not
         destination, expected = launch(kernel)
         done = torch.cuda.Event()
         done.record()
