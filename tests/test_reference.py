@@ -326,3 +326,15 @@ def test_line_exponentials_leave_masked_rows_empty():
     output, lse = quantized_attention(q, k, v, recipe, attn_mask=mask)
     assert not output[:, :, 7].any()
     assert (lse[:, :, 7] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("shares", [2, 3])
+def test_softmaxes_over_shares_of_the_keys_merge_into_one(shares):
+    """More shares than some rows have key blocks, and rows that see no key of a share."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 700, 32, generator=generator) for _ in range(3))
+    recipe = replace(EXACT, key_block=128, key_shares=shares)
+    for options in ({}, {"is_causal": True}, {"key_lengths": torch.tensor([130], dtype=torch.int32)}):
+        found = quantized_attention(q, k, v, recipe, **options)
+        for x, wanted in zip(found, attention_fp32(q, k, v, **options), strict=True):
+            torch.testing.assert_close(x, wanted, rtol=1e-5, atol=1e-5)

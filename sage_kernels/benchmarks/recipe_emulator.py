@@ -97,7 +97,8 @@ def emulate(operands: QuantizedOperands, recipe: Recipe, scale: float, keys: int
     Raises:
         ValueError: a recipe that the kernel doesn't compute.
     """
-    if recipe.pv != "nvfp4" or not recipe.two_level or "p" in recipe.four_over_six or keys % recipe.key_block:
+    is_served = recipe.pv == "nvfp4" and recipe.two_level and recipe.key_shares == 1 and "p" not in recipe.four_over_six
+    if not is_served or keys % recipe.key_block:
         raise ValueError(f"emulate takes P in NVFP4 on two levels and whole blocks of keys, got {recipe}, {keys} keys")
     batch, heads, rows, head_dim = operands.query.shape
     output = torch.empty_like(operands.query)

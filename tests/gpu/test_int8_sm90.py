@@ -128,7 +128,7 @@ def shared_units(call, kernel, form):
     if call.key_lengths is not None:
         lengths = call.key_lengths.clamp(0, call.key_length).tolist()
     units, shared = heads * units_per_head, []
-    blocks = min(tiles if kernel.even_share_turns == 0 else units, processors)
+    blocks = min(units, processors)
     for block in range(blocks):
         start, end = units * block // blocks, units * (block + 1) // blocks
         while start < end:
