@@ -21,6 +21,8 @@ NATIVE_OPCODES: dict[str, dict[str, tuple[str, ...]]] = {
     "training_sm90_forward": {"sm_90a": ("IGMMA",)},
     "training_sm90_key_value": {"sm_90a": ("IGMMA", "HGMMA")},
     "training_sm90_query": {"sm_90a": ("IGMMA", "HGMMA")},
+    "training_sm90_gradients_16bit": {"sm_90a": ("IGMMA", "HGMMA")},
+    "training_sm90_query_16bit": {},
     "training_sm90_quantize": {},
     "training_sm90_images": {},
 }

@@ -64,7 +64,7 @@ def time_candidates(shape: BenchmarkShape, precision: str) -> None:
         def call(kind: str = kind, config: TrainingConfig = config) -> object:
             if kind == "forward":
                 return triton_backend.forward(q, k, v, output, *options, config)
-            return triton_backend.backward(d_output, v, output, saved, *options, config)
+            return triton_backend.backward(d_output, None, v, output, saved, *options, config)
 
         split = " split" * config.split_head_dim if kind == "key_value" else ""
         name = f"{kind:10} {getattr(config, kind)}{split}"

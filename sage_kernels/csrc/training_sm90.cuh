@@ -1,8 +1,7 @@
-// What training_sm90_key_value.cu and training_sm90_query.cu share: their parameter, their wgmma, 8-bit codes in
-// registers. Compile-time: HEAD_DIM 64 | 128, to which the images are padded; BFLOAT16 1 | 0 (float16), of dO and V;
-// WARPGROUPS of consumers.
+// What the backward kernels share: their parameter, their wgmma, 8-bit codes in registers. Compile-time: HEAD_DIM 64 |
+// 128, to which the images are padded; BFLOAT16 1 | 0 (float16), of all 16-bit numbers; WARPGROUPS of consumers.
 #pragma once
-#include "sm90.cuh"
+#include "training_sm90_rows.cuh"
 
 // A CUtensorMap: of a matrix [B, H, N, D] of 16 bits in any strides, copied in boxes of 64 rows and 64 channels.
 struct alignas(64) TensorMap {
@@ -13,16 +12,17 @@ struct alignas(64) TensorMap {
 // swizzled as wgmma reads them. Transposed ones hold tokens in the order in which accumulators become an 8-bit operand.
 struct TrainParams {
   TensorMap d_output, value;
-  const u8* query;                // [B * H, query_tiles][64][HEAD_DIM]
-  const u8* query_transposed;     // [B * H, query_tiles][HEAD_DIM][64]
-  const u8* d_output_transposed;  // [B * H, query_tiles][HEAD_DIM][64]
-  const float* rows;              // [B * H, query_tiles][kRowFloats]
-  const u8* key;                  // [B * Hkv, key_tiles][128][HEAD_DIM]
-  const u8* key_transposed;       // [B * Hkv, key_tiles][HEAD_DIM][128]
-  const float* key_scales;        // [B * Hkv, key_tiles]
-  const float* channel_scales;    // [B * Hkv, HEAD_DIM], of the transposed K
-  u16* d_query;                   // [B * H, Nq, D]
-  u16* d_key;                     // [B * Hkv, Nk, D]
+  TensorMap query_16bit, key_16bit;  // of training_sm90_gradients_16bit.cu, in place of transposed tiles
+  const u8* query;                   // [B * H, query_tiles][64][HEAD_DIM]
+  const u8* query_transposed;        // [B * H, query_tiles][HEAD_DIM][64]
+  const u8* d_output_transposed;     // [B * H, query_tiles][HEAD_DIM][64]
+  float* rows;                       // [B * H, query_tiles][kRowFloats]
+  const u8* key;                     // [B * Hkv, key_tiles][128][HEAD_DIM]
+  const u8* key_transposed;          // [B * Hkv, key_tiles][HEAD_DIM][128]
+  const float* key_scales;           // [B * Hkv, key_tiles]
+  const float* channel_scales;       // [B * Hkv, HEAD_DIM], of the transposed K
+  void* d_query;  // [B * H, Nq, D] in 16 bits, or int [B * H, query_tiles][32][128]: dQ in integer steps
+  u16* d_key;     // [B * Hkv, Nk, D]
   u16* d_value;
   int heads, kv_heads, query_length, key_length, query_tiles, key_tiles, head_dim, is_causal;
   float softmax_scale;  // not negative: its sign is in the codes of Q
@@ -30,8 +30,6 @@ struct TrainParams {
 };
 
 constexpr int kQueryTile = 64, kKeyTile = 128;
-constexpr int kRowFloats =
-    132;  // of a query tile: LSE (log2) [64], -delta [64], scale of Q, scale of dO, nothing, nothing
 constexpr int kWarpgroups = WARPGROUPS;  // of consumers, 2 | 3
 constexpr int kThreads = 128 * (kWarpgroups + 1);
 constexpr int kConsumerRegisters = kWarpgroups == 2 ? 240 : 160, kProducerRegisters = kWarpgroups == 2 ? 24 : 32;
@@ -78,6 +76,29 @@ DEVICE void load_rows_16bit(u32 destination, int slab_bytes, const TensorMap& ma
         : "memory");
 }
 
+// Four matrices of 8 rows of 8 numbers of 16 bits: lane l has where row l % 8 of matrix l / 8 goes.
+DEVICE void store_matrices(u32 address, const u32* x) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]),
+               "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+
+DEVICE u32 multiply_pairs(u32 x, u32 y) {
+  u32 product;
+#if BFLOAT16
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(x), "r"(y));
+#else
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(x), "r"(y));
+#endif
+  return product;
+}
+
+DEVICE int round_to_integer(float x) { return __float2int_rn(x); }
+
+DEVICE void add_to_global(int* address, int x) {
+  asm volatile("red.global.add.s32 [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "r"(x) : "memory");
+}
+
 // Never stores, for P is not negative; but the assembler lets no later wait pass this, and so what P needs.
 DEVICE void compute_before_waiting(u32 weight) {
   asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %0, 0;\n@p st.shared.u32 [%0], %0;\n}\n" ::"r"(weight) : "memory");
@@ -120,6 +141,21 @@ DEVICE void compute_before_waiting(u32 weight) {
 
 DEFINE_TRAIN_WGMMA(32, 64, 32, 33, 34, 35, 36, 37)
 DEFINE_TRAIN_WGMMA(64, 128, 64, 65, 66, 67, 68, 69)
+
+// What the product sums over is what B's rows are. A is in registers, and the first adds to d; or its rows are, too.
+DEVICE void multiply_16bit(float (&d)[32], const u32* a, u64 b_matrix) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16." WGMMA_16BIT " " REGS_32
+               ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+               : ARRAY_32("+f", d)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_matrix));
+}
+DEVICE void multiply_16bit(float (&d)[32], u64 a_matrix, u64 b_matrix, bool accumulates) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16." WGMMA_16BIT " " REGS_32 ", %32, %33, p, 1, 1, 1, 1;\n}\n"
+      : ARRAY_32("+f", d)
+      : "l"(a_matrix), "l"(b_matrix), "r"(static_cast<int>(accumulates)));
+}
 
 // matrix_descriptor of `address` in units of 16 bytes + `offset` bytes, in few instructions.
 template <int kRowBytes>

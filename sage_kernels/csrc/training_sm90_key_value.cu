@@ -1,9 +1,9 @@
-// dK and dV of trainable attention in INT8 for sm_90a, all in the transposed form: a thread block keeps 64 keys
-// for each of its warpgroups and walks over blocks of 64 queries that one producer thread copies into a ring.
+// dK and dV of trainable attention in INT8 for sm_90a at head_dim 128, all in the transposed form: a thread block keeps
+// 64 keys for each of its warpgroups and walks over blocks of 64 queries that one producer thread copies into a ring.
 //
 // S^T = K Q^T in INT8 and dP^T = V dO^T in 16 bits give P^T and dS^T in registers. Quantised with a scale for each key,
 // they are the left operands of dV += P^T dO and dK += dS^T Q, whose right operands are transposed INT8 tiles.
-// Registers: 2 * HEAD_DIM / 2 sums, and two arrays of 32 that hold S^T and dP^T, then 64 channels of a product in turn.
+// Registers: 128 sums, and two arrays of 32 that hold S^T and dP^T, then 64 channels of a product in turn.
 //
 // Compile-time: as training_sm90.cuh, and STAGES of the ring.
 #include "training_sm90.cuh"
@@ -81,12 +81,8 @@ struct Turns {
   DEVICE explicit Turns(int warpgroup) : warpgroup(warpgroup) {
     if (warpgroup == 1) end();
   }
-  DEVICE void begin() const {
-    if (kWarpgroups == 2) named_barrier_sync(1 + warpgroup, 256);
-  }
-  DEVICE void end() const {
-    if (kWarpgroups == 2) named_barrier_arrive(2 - warpgroup, 256);
-  }
+  DEVICE void begin() const { named_barrier_sync(1 + warpgroup, 256); }
+  DEVICE void end() const { named_barrier_arrive(2 - warpgroup, 256); }
 };
 
 // One warpgroup's 64 keys.
@@ -138,7 +134,7 @@ struct Consumer {
   DEVICE void finish_block(u32 rows, int query) {
     float2 lse[2][4];
     load_rows(lse[0], rows);
-    const float factor = key_factor * load_shared_float(rows + 512);
+    const float factor = key_factor * load_shared_float(rows + 4 * kQueryScale);
     const int behind = first_key - query + threadIdx.x / 32 % 4 * 16 + lane / 4;
     wgmma_wait<1>(a);
 #pragma unroll
@@ -163,7 +159,8 @@ struct Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) scale_row(__int_as_float(largest[r]), gradient_scale[r], inverse[r]);
     make_codes(gradient_codes, b, inverse);
-    const float2 scales = load_shared_pair(rows + 512);  // NaN where Q or dO was not finite: maxima may pass over it
+    const float2 scales =
+        load_shared_pair(rows + 4 * kQueryScale);  // NaN where Q or dO was not finite: maxima may pass over it
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       weight_scale[r] *= scales.y + scales.x * 0.f;
@@ -214,7 +211,6 @@ struct Consumer {
       const u32 d_output = shared.d_output_transposed(stage), query = shared.query_transposed(stage);
       products.begin();
       issue_product<64>(a, weight_codes, d_output);
-#if HEAD_DIM == 128
       issue_product<64>(b, weight_codes, d_output, 64 * 64);
       wgmma_wait<1>(a);
       add_product<0>(d_value, a, weight_scale);
@@ -225,12 +221,6 @@ struct Consumer {
       issue_product<64>(b, gradient_codes, query, 64 * 64);
       wgmma_wait<1>(a);
       add_product<0>(d_key, a, gradient_scale);
-#else
-      issue_product<64>(b, gradient_codes, query);
-      wgmma_wait<1>(a);
-      pin_registers(weight_codes);
-      add_product<0>(d_value, a, weight_scale);
-#endif
       ring.advance<STAGES>();
       if (++block == p.query_tiles) block = walk.first;
       if (turns > 1) mbarrier_wait(shared.full(ring.stage), ring.parity);
@@ -238,7 +228,7 @@ struct Consumer {
       products.end();
       wgmma_wait<1>(b);
       pin_registers(gradient_codes);
-      add_product<HEAD_DIM / 2 - 32>(d_key, b, gradient_scale);
+      add_product<32>(d_key, b, gradient_scale);
       if (lane == 0) mbarrier_arrive(shared.empty(stage));
       issue_next_weight_gradients(ring.stage);
       if (turns > 1) {

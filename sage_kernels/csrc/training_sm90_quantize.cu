@@ -1,5 +1,5 @@
-// Q, K and V to the INT8 tiles of training_sm90_forward.cu, and K transposed for dQ (SageAttention3, section 4). Bound
-// by memory bandwidth: each is read once.
+// Q, K and V to the INT8 tiles of training_sm90_forward.cu, and K for dQ, transposed or in 16 bits (SageAttention3,
+// section 4). Bound by memory bandwidth: each is read once.
 #include "training_sm90_tiles.cuh"
 
 struct TrainQuantizeParams {
@@ -15,6 +15,7 @@ struct TrainQuantizeParams {
   float* key_scales;      // [B * Hkv, key_tiles]
   u8* key_transposed;     // [B * Hkv, key_tiles][HEAD_DIM][128], likewise
   float* channel_scales;  // [B * Hkv, HEAD_DIM], of the transposed K
+  u16* key_16bit;         // [B * Hkv, key_tiles * 128, HEAD_DIM], likewise, in place of the transposed K
   u8* value_codes;        // [B * Hkv, key_tiles][HEAD_DIM][128]
   float* value_scales;    // [B * Hkv, key_tiles]
   i64 query_strides[3];
@@ -83,7 +84,7 @@ DEVICE void quantize_keys(const TrainQuantizeParams& p, const Shared& shared, co
     const u32 largest = max(magnitude(high - mean), magnitude(mean - low));
     store_shared_word(shared.means() + 4 * threadIdx.x, __float_as_uint(mean));
     store_shared_word(shared.largest() + 4 * threadIdx.x, largest);
-    if (tile == 0) p.channel_scales[head * HEAD_DIM + threadIdx.x] = make_scale(largest).scale;
+    if (tile == 0 && !kProductsIn16Bit) p.channel_scales[head * HEAD_DIM + threadIdx.x] = make_scale(largest).scale;
   }
   __syncthreads();
   float mean[8];
@@ -114,6 +115,18 @@ DEVICE void quantize_keys(const TrainQuantizeParams& p, const Shared& shared, co
       store_codes(image, at.token(round, i), at.group, codes);
     }
   if (threadIdx.x == 0) p.key_scales[index] = scale.scale;
+  if (kProductsIn16Bit) {
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        Channels x = unpack(raw[round][i]);
+#pragma unroll
+        for (int c = 0; c < 8; ++c) x.x[c] = has_key(round, i) ? x.x[c] - mean[c] : 0.f;
+        store_16bit(p.key_16bit + index * kTokens * HEAD_DIM, at.token(round, i), at.group, x);
+      }
+    return;
+  }
 #pragma unroll
   for (int c = 0; c < 8; ++c) {
     const int channel = 8 * at.group + c;

@@ -1,5 +1,5 @@
-// dQ of trainable attention in INT8 for sm_90a: a thread block keeps 128 queries, two warpgroups 64 each, and walks
-// over blocks of 128 keys that one producer thread copies into a ring.
+// dQ of trainable attention in INT8 for sm_90a at head_dim 128: a thread block keeps 128 queries, two warpgroups 64
+// each, and walks over blocks of 128 keys that one producer thread copies into a ring.
 //
 // S = Q K^T in INT8 and dP = dO V^T in 16 bits give dS in registers. Quantised with a scale for each query, it is the
 // left operand of dQ += dS K, whose right operand is a transposed INT8 tile.
@@ -81,12 +81,7 @@ struct Consumer {
   float query_factor;
   const float* key_scales;
   int first_row, unmasked;
-#if HEAD_DIM == 128
   DEVICE u32 (&product())[64] { return gradients; }
-#else
-  u32 narrow[32];
-  DEVICE u32 (&product())[32] { return narrow; }
-#endif
 
   DEVICE Consumer(const TrainParams& p, const Shared& shared, const Walk& walk, int warpgroup)
       : p(p), shared(shared), walk(walk), warpgroup(warpgroup), lane(threadIdx.x % 32) {}
@@ -155,13 +150,13 @@ struct Consumer {
     const int thread_row = threadIdx.x / 32 % 4 * 16 + lane / 4;
     const float* rows = p.rows + tile * kRowFloats;
     key_scales = p.key_scales + i64(walk.kv_head) * p.key_tiles;
-    query_factor = rows[128] * (p.softmax_scale * kLog2E);
+    query_factor = rows[kQueryScale] * (p.softmax_scale * kLog2E);
     first_row = first + thread_row;
     unmasked = (p.is_causal ? min(p.key_length, first + 1) : p.key_length) / kKeyTile;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      lse[r] = rows[thread_row + 8 * r];
-      minus_delta[r] = rows[64 + thread_row + 8 * r];
+      lse[r] = rows[lse_place(thread_row + 8 * r)];
+      minus_delta[r] = rows[delta_place(thread_row + 8 * r)];
     }
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 2; ++i) d_query[i] = 0.f;
@@ -177,18 +172,11 @@ struct Consumer {
       ring.advance<STAGES>();
       mbarrier_wait(shared.full(ring.stage), ring.parity);
       issue_next_scores(ring.stage);
-#if HEAD_DIM == 64
-      issue_next_weight_gradients(ring.stage);
-      wgmma_wait<2>(product());
-#else
       wgmma_wait<1>(product());
-#endif
       pin_registers(codes);
       add_product<0>(d_query, product(), scale);
       if (lane == 0) mbarrier_arrive(shared.empty(stage));
-#if HEAD_DIM == 128
       issue_next_weight_gradients(ring.stage);
-#endif
       finish(block);
     }
     issue_product<128>(product(), codes, shared.key_transposed(ring.stage));
@@ -201,8 +189,8 @@ struct Consumer {
     const float* channels = p.channel_scales + walk.kv_head * HEAD_DIM + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 2; ++i) d_query[i] *= channels[i / 4 * 8 + i % 2];
-    store_rows(p.d_query + i64(walk.head) * p.query_length * p.head_dim, d_query, factor, first, p.query_length,
-               p.head_dim);
+    store_rows(static_cast<u16*>(p.d_query) + i64(walk.head) * p.query_length * p.head_dim, d_query, factor, first,
+               p.query_length, p.head_dim);
   }
 };
 

@@ -5,6 +5,7 @@
 #pragma once
 #include "sm90_channels.cuh"
 
+constexpr bool kProductsIn16Bit = HEAD_DIM == 64;  // of the backward pass: training_sm90_*_16bit.cu
 constexpr int kTokens = 128, kThreads = 256, kWarps = kThreads / 32;
 constexpr int kQueryTile = 64, kHalves = kTokens / kQueryTile;  // tiles of queries are half as long as those of keys
 constexpr int kGroups = HEAD_DIM / 8;                           // of 8 channels
@@ -112,6 +113,15 @@ DEVICE uint2 half_maxima(const u32 (&largest)[kRounds], const Place& at, u32 scr
 DEVICE void store_codes(u8* image, int token, int group, const u32 (&codes)[8]) {
   *reinterpret_cast<uint2*>(image + token * HEAD_DIM + ((group / 2 ^ swizzle(token, HEAD_DIM)) << 4) + group % 2 * 8) =
       make_uint2(low_bytes(codes[0], codes[1], codes[2], codes[3]), low_bytes(codes[4], codes[5], codes[6], codes[7]));
+}
+
+// 8 channels of a token, as they are, to rows of HEAD_DIM numbers.
+DEVICE void store_16bit(u16* rows, int token, int group, const Channels& x) {
+  u32 words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    words[i] = BFLOAT16 ? pack_bfloat16(x.x[2 * i], x.x[2 * i + 1]) : pack_float16(x.x[2 * i], x.x[2 * i + 1]);
+  *reinterpret_cast<uint4*>(rows + token * HEAD_DIM + group * 8) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 // A transposed tile of HEAD_DIM rows is gathered in shared memory, where every 8 rows are so far apart that the words

@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from sage_kernels.architectures import device_architecture
-from sage_kernels.training import trainable_attention, triton_backend
+from sage_kernels.training import sm90_backend, trainable_attention, triton_backend
 from sage_kernels.training.configs import find_config
 from sage_kernels.training.refusals import refusal
 from training_cases import exact, expected, make_tensors, relative_l1, run
@@ -60,6 +60,13 @@ def full_float32_products():
     torch.set_float32_matmul_precision(before)
 
 
+def recipe_of(q, precision):
+    block_d = triton_backend.padded_head_dim(q.shape[3])
+    if triton_backend.in_cuda(q, precision):
+        return sm90_backend.recipe(block_d)
+    return find_config(device_architecture(CUDA), block_d).recipe(precision)
+
+
 def check(within, tensors, precision, **options):
     head_dim = tensors[0].shape[3]
     reason = refusal(CUDA, head_dim, precision)
@@ -68,7 +75,7 @@ def check(within, tensors, precision, **options):
     before = [x.clone() for x in tensors]
     results, lse = run(*tensors, precision=precision, **options)
     assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True)), "an input was changed"
-    recipe = find_config(device_architecture(CUDA), triton_backend.padded_head_dim(head_dim)).recipe(precision)
+    recipe = recipe_of(tensors[0], precision)
     wanted, wanted_lse = expected(*tensors, recipe, **options)
     for x, y, z in zip(results, wanted, exact(*tensors, **options), strict=True):
         assert torch.isfinite(x).all(), "not finite, or never written"
@@ -102,8 +109,34 @@ def test_tritons_gradients_agree_with_the_reference_too(within, head_dim):
         within(relative_l1(x, y), BOUND["int8"])
 
 
-def test_long_sequences_agree_with_the_reference(within):
-    check(within, make_tensors(1, 1, 1, 8192, 8192, 128, BF16, CUDA), "int8", is_causal=True)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_long_sequences_agree_with_the_reference(head_dim, within):
+    check(within, make_tensors(1, 1, 1, 8192, 8192, head_dim, BF16, CUDA), "int8", is_causal=True)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_many_thread_blocks_agree_with_the_reference(head_dim, within):
+    check(within, make_tensors(3, 6, 2, 1500, 1700, head_dim, BF16, CUDA), "int8", is_causal=True)
+
+
+def test_outliers_leave_enough_integer_steps_for_query_gradients(within):
+    """dQ at head_dim 64 is added up in steps that the largest V and K of the head determine."""
+    q, k, v, d_output = make_tensors(1, 2, 2, 1000, 1000, 64, BF16, CUDA)
+    v[:, :, 500] *= 30
+    k[..., 7] *= 20
+    d_output[:, :, 100] *= 1e4
+    check(within, (q * 0.05, k, v, d_output * 1e-6), "int8", is_causal=True)
+
+
+def test_overflow_in_float16_is_not_hidden(within):
+    q, k, v, d_output = make_tensors(1, 1, 1, 200, 200, 64, FP16, CUDA)
+    v[0, 0, 100] = 3e4
+    d_output[0, 0, 50] = 3e4
+    gradients = run(q, k, v, d_output)[0][1:]
+    wanted = exact(q, k, v, d_output)[1:]
+    hidden = [x.isfinite() & (y.abs() > 1e6) for x, y in zip(gradients, wanted, strict=True)]
+    assert any(bool((y.abs() > 1e6).any()) for y in wanted), "nothing is too large for float16"
+    within(sum(int(x.sum()) for x in hidden), 0.5)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sage_kernels.architectures import find_architecture
 from sage_kernels.driver import TENSOR_MAP
 from sage_kernels.kernel_variants import TRAINING_SM90_ENTRIES, training_sm90_variant
 from sage_kernels.training import sm90_backend, triton_backend
@@ -30,7 +29,8 @@ def kernels(tmp_path_factory):
     def load(block_d, dtype, device):
         if (block_d, dtype) not in loaded:
             variants = (
-                training_sm90_variant(entry, block_d, dtype == torch.bfloat16) for entry in TRAINING_SM90_ENTRIES
+                training_sm90_variant(entry, block_d, dtype == torch.bfloat16)
+                for entry in TRAINING_SM90_ENTRIES[block_d]
             )
             loaded[block_d, dtype] = {variant.entry: HostKernel(variant, folder) for variant in variants}
         return loaded[block_d, dtype]
@@ -65,7 +65,7 @@ def as_on_gpus(monkeypatch, kernels):
 def test_kernels_agree_with_the_reference(heads, rows, keys, head_dim, is_causal, scale):
     tensors = make_tensors(1, *heads, rows, keys, head_dim, torch.bfloat16)  # GPUs also test float16
     results, lse = run(*tensors, is_causal=is_causal, scale=scale)
-    recipe = find_config(find_architecture((9, 0)), 64 if head_dim <= 64 else 128).recipe("int8")
+    recipe = sm90_backend.recipe(64 if head_dim <= 64 else 128)
     wanted, wanted_lse = expected(*tensors, recipe, is_causal=is_causal, scale=scale)
     for x, y, z in zip(results, wanted, exact(*tensors, is_causal=is_causal, scale=scale), strict=True):
         assert torch.isfinite(x).all(), "not finite, or never written"
@@ -103,7 +103,7 @@ def test_images_are_tiles_as_wgmma_reads_them(head_dim, monkeypatch):
     monkeypatch.setattr(sm90_backend, "attend", lambda saved, *call: value_codes.append(call[0]))
     tiles = triton_backend.forward(q, k, v, output, False, 0.1, "int8")
     images = sm90_backend.make_images(d_output, output, replace(tiles, lse=saved.lse))
-    images |= {name: getattr(tiles, name) for name in ("query", "key", "key_transposed")}
+    images |= {name: getattr(tiles, name) for name in ("query", "key", "key_transposed", "key_16bit")}
     (images["value_codes"],) = value_codes
     block_d = saved.query.shape[2]
     query, key = saved.query.view(2, -1, 64, block_d), saved.key.view(1, -1, 128, block_d)
@@ -117,22 +117,42 @@ def test_images_are_tiles_as_wgmma_reads_them(head_dim, monkeypatch):
     codes = (d_out / scales[:, :, None, None]).round().to(torch.int8)
     expected = {
         "query": swizzled(query),
-        "query_transposed": swizzled(transposed(query)),
-        "d_output_transposed": swizzled(transposed(codes)),
         "key": swizzled(key),
-        "key_transposed": swizzled(saved.key_transposed.view(1, -1, block_d, 128)),
         "value_codes": swizzled(transposed((values / value_scales).round().to(torch.int8))),
     }
+    if block_d == 128:
+        expected |= {
+            "query_transposed": swizzled(transposed(query)),
+            "d_output_transposed": swizzled(transposed(codes)),
+            "key_transposed": swizzled(saved.key_transposed.view(1, -1, block_d, 128)),
+        }
+    else:
+        smooth = k.float() - k.float().mean(2, keepdim=True)
+        smooth = torch.nn.functional.pad(smooth, (0, block_d - head_dim, 0, 128 * key_tiles - 200))
+        expected["key_16bit"] = smooth.to(torch.bfloat16)
     for name, wanted in expected.items():
         found = images[name].view(torch.uint8).flatten()
         assert torch.equal(found, wanted.contiguous().view(torch.uint8).flatten()), name
-    rows = images["rows"].view(2, query_tiles, 132)
+    rows = images["rows"].view(2, query_tiles, -1)
     delta = torch.nn.functional.pad((d_output.float() * output.float()).sum(3)[0], (0, 64 * query_tiles - 150))
-    assert torch.equal(rows[..., :64].flatten(1), saved.lse)
-    torch.testing.assert_close(rows[..., 64:128].flatten(1), -delta)
-    assert torch.equal(rows[..., 128], saved.query_scales)
-    assert torch.equal(rows[..., 129], scales)
-    for name in ("query_scales", "key_scales", "channel_scales"):
+    if block_d == 128:
+        lse, deltas = rows[..., :64], rows[..., 64:128]
+        assert torch.equal(rows[..., 129], scales)
+        assert torch.equal(tiles.channel_scales, saved.channel_scales)
+    else:  # thread t of four has queries 2t and 2t + 1 of every 8
+        lse = rows[..., :64].view(2, query_tiles, 4, 4, 2, 2).transpose(3, 4)
+        pairs = rows[..., 64:192].view(2, query_tiles, 8, 4, 2, 2)
+        assert torch.equal(pairs[..., 0, :], pairs[..., 1, :])
+        deltas = pairs[..., 0, :]
+        quanta, steps = rows[..., 192:256].flatten(1), rows[..., 256:320].flatten(1)
+        bound = d_out.abs().sum(3).flatten(1) * 2.2 * values.abs().max() * 127 * saved.key_scales.max()
+        torch.testing.assert_close(steps, bound * 2.0**-30)
+        assert ((quanta * steps - 1).abs() < 1e-5)[:, :150].all()
+        assert not quanta[:, 150:].any()
+    assert torch.equal(lse.reshape(2, -1), saved.lse)
+    torch.testing.assert_close(deltas.reshape(2, -1), -delta)
+    assert torch.equal(rows[..., 128 if block_d == 128 else 320], saved.query_scales)
+    for name in ("query_scales", "key_scales"):
         assert torch.equal(getattr(tiles, name), getattr(saved, name)), name
 
 

@@ -238,16 +238,11 @@ inline u32 operand_address(u64 descriptor, int row, int byte) {
 inline int operand_code(u64 descriptor, int row, int k) {
   return static_cast<signed char>(shared_memory[operand_address(descriptor, row, k)]);
 }
+inline float to_float(u16 bits) { return BFLOAT16 ? __uint_as_float(u32(bits) << 16) : from_float16(bits); }
 inline float operand_16bit(u64 descriptor, int row, int k) {
   u16 bits;
   memcpy(&bits, shared_memory + operand_address(descriptor, row, 2 * k), 2);
-#if BFLOAT16
-  return __uint_as_float(u32(bits) << 16);
-#else
-  _Float16 x;
-  memcpy(&x, &bits, 2);
-  return x;
-#endif
+  return to_float(bits);
 }
 
 // Row and column of a thread's accumulator, as the PTX ISA has them for wgmma.
@@ -271,20 +266,62 @@ inline void multiply_16bit(u32 (&d)[kCount], u64 a, u64 b, bool accumulates) {
   }
 }
 
-static signed char register_operand[4][64][32];
-template <int kCount>
-inline void multiply_codes(u32 (&d)[kCount], const u32* a, u64 b, bool accumulates) {
+// Left operands in registers: 64 rows of 32 bytes of each warpgroup.
+static u8 register_operand[4][64][32];
+inline auto exchange_operand(const u32* a) -> u8 (&)[64][32] {
   const int warpgroup = threadIdx.x / 128;
   auto& rows = register_operand[warpgroup];
   for (int j = 0; j < 4; ++j) memcpy(&rows[fragment_row(2 * j)][j / 2 * 16 + threadIdx.x % 4 * 4], &a[j], 4);
   pthread_barrier_wait(&warpgroup_threads[warpgroup]);
+  return rows;
+}
+
+template <int kCount>
+inline void multiply_codes(u32 (&d)[kCount], const u32* a, u64 b, bool accumulates) {
+  const auto& rows = exchange_operand(a);
   for (int i = 0; i < kCount; ++i) {
     int sum = accumulates ? d[i] : 0;
-    for (int k = 0; k < 32; ++k) sum += rows[fragment_row(i)][k] * operand_code(b, fragment_column(i), k);
+    for (int k = 0; k < 32; ++k)
+      sum += static_cast<signed char>(rows[fragment_row(i)][k]) * operand_code(b, fragment_column(i), k);
     d[i] = sum;
   }
-  pthread_barrier_wait(&warpgroup_threads[warpgroup]);
+  pthread_barrier_wait(&warpgroup_threads[threadIdx.x / 128]);
 }
+
+// Rows of B, and of A in shared memory, are what the product sums over: of 64 columns in 128 bytes.
+inline void multiply_16bit(float (&d)[32], const u32* a, u64 b) {
+  const auto& rows = exchange_operand(a);
+  for (int i = 0; i < 32; ++i)
+    for (int k = 0; k < 16; ++k) {
+      u16 bits;
+      memcpy(&bits, &rows[fragment_row(i)][2 * k], 2);
+      d[i] += to_float(bits) * operand_16bit(b, k, fragment_column(i));
+    }
+  pthread_barrier_wait(&warpgroup_threads[threadIdx.x / 128]);
+}
+inline void multiply_16bit(float (&d)[32], u64 a, u64 b, bool accumulates) {
+  for (int i = 0; i < 32; ++i) {
+    float sum = accumulates ? d[i] : 0.f;
+    for (int k = 0; k < 16; ++k) sum += operand_16bit(a, k, fragment_row(i)) * operand_16bit(b, k, fragment_column(i));
+    d[i] = sum;
+  }
+}
+
+// Rows of 8 numbers of four matrices, where the lane that has the row's number says.
+inline void store_matrices(u32 address, const u32* x) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  exchanged[warp][lane] = address;
+  pthread_barrier_wait(&warp_threads[warp]);
+  for (int i = 0; i < 4; ++i) memcpy(shared_memory + exchanged[warp][8 * i + lane / 4] + lane % 4 * 4, &x[i], 4);
+  pthread_barrier_wait(&warp_threads[warp]);
+}
+inline void shared_stores_fence() {}
+inline u32 multiply_pairs(u32 x, u32 y) {
+  const float low = to_float(u16(x)) * to_float(u16(y)), high = to_float(x >> 16) * to_float(y >> 16);
+  return BFLOAT16 ? pack_bfloat16(low, high) : pack_float16(low, high);
+}
+inline int round_to_integer(float x) { return static_cast<int>(rintf(x)); }
+inline void add_to_global(int* address, int x) { __atomic_fetch_add(address, x, __ATOMIC_RELAXED); }
 
 // ---- launch --------------------------------------------------------------------------------------------------------
 

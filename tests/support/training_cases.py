@@ -26,7 +26,7 @@ def run(q, k, v, d_output, *, is_causal=False, scale=None, precision="int8", con
     saved = triton_backend.forward(q, k, v, output, is_causal, scale, precision, config)
     poison = [torch.full((x.numel() + 64,), torch.nan, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     del poison
-    gradients = triton_backend.backward(d_output, v, output, saved, is_causal, scale, precision, config)
+    gradients = triton_backend.backward(d_output, q, v, output, saved, is_causal, scale, precision, config)
     lse = saved.lse[:, : q.shape[2]].view(q.shape[:3]) * 0.6931471805599453
     return (output, *gradients), lse
 

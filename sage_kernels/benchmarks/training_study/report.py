@@ -125,7 +125,8 @@ def profile(document: Document, result: Result | None) -> None:
             "What keeps both from being busy is that products wait for codes and codes for scores: a thread's "
             "registers hold the sums of dK and dV and one block of scores, so that little of one block overlaps the "
             "next. At head dimension 64 the tensor cores have half of the work for as many scores, whose codes, maxima "
-            "and scales cost as much as at 128: there INT8 gains least."
+            "and scales would cost as much as at 128: there P^T dO, dS^T Q and dS K are in 16 bits, and one kernel "
+            "computes all gradients, which adds up dQ in integers, so that results stay the same from run to run."
         )
 
 

@@ -226,69 +226,53 @@ def _kv_cache() -> tuple[KernelVariant, ...]:
     return tuple(kv_cache_variant(head_dim, rows) for head_dim in KV_CACHE_HEAD_DIMS for rows in KV_CACHE_ROWS)
 
 
-TRAINING_SM90_HEAD_DIMS = (64, 128)
 TRAINING_SM90_PREPARATIONS = ("training_sm90_quantize", "training_sm90_images")
-TRAINING_SM90_ENTRIES = (
-    "training_sm90_forward",
-    "training_sm90_key_value",
-    "training_sm90_query",
-    *TRAINING_SM90_PREPARATIONS,
-)
+# By padded head_dim: 8-bit products pay off in the backward pass at 128 only.
+TRAINING_SM90_ENTRIES = {
+    64: (
+        "training_sm90_forward",
+        "training_sm90_gradients_16bit",
+        "training_sm90_query_16bit",
+        *TRAINING_SM90_PREPARATIONS,
+    ),
+    128: ("training_sm90_forward", "training_sm90_key_value", "training_sm90_query", *TRAINING_SM90_PREPARATIONS),
+}
 TRAINING_SM90_KEYS = {64: 192, 128: 128}  # of a thread block of dK and dV, 64 for each warpgroup
 
 
 @lru_cache
 def training_sm90_variant(entry: str, head_dim: int, is_bfloat16: bool) -> KernelVariant:
-    """Trainable attention in INT8 on wgmma: the forward pass, dK and dV, dQ, or what prepares them, as `entry` says."""
-    if entry in TRAINING_SM90_PREPARATIONS:
-        return _training_sm90_preparation(entry, head_dim, is_bfloat16)
-    warpgroups = 2
-    if entry == "training_sm90_key_value":  # K and V; Q, dO and their transposes; LSE, delta and scales; barriers
-        keys, stages = TRAINING_SM90_KEYS[head_dim], {64: 8, 128: 4}[head_dim]
-        warpgroups = keys // 64
-        shared_bytes = 3 * keys * head_dim + stages * (5 * 64 * head_dim + 4 * 132) + 8 * (2 * stages + 1)
-    elif entry == "training_sm90_forward":  # Q; K and V transposed; barriers
-        stages = {64: 8, 128: 5}[head_dim]
+    """Trainable attention in INT8 on wgmma: a pass, gradients, or what prepares or finishes them, as `entry` says."""
+    # Warpgroups that multiply, stages of their ring, shared memory; the last is barriers.
+    warpgroups, stages, shared_bytes = 0, 0, 0
+    if entry == "training_sm90_forward":  # Q; K and V transposed
+        warpgroups, stages = 2, {64: 8, 128: 5}[head_dim]
         shared_bytes = 128 * head_dim + stages * 2 * 128 * head_dim + 8 * (2 * stages + 1)
-    else:  # Q and dO; K, V and K transposed; barriers
-        stages = {64: 4, 128: 2}[head_dim]
+    elif entry == "training_sm90_gradients_16bit":  # K's codes, V, K, dS thrice; Q's codes, Q, dO, rows
+        warpgroups, stages = TRAINING_SM90_KEYS[head_dim] // 64, 4
+        shared_bytes = 11 * 64 * 64 * warpgroups + stages * (5 * 64 * 64 + 4 * 324) + 8 * (2 * stages + 7)
+    elif entry == "training_sm90_key_value":  # K and V; Q, dO and their transposes, rows
+        warpgroups, stages = TRAINING_SM90_KEYS[head_dim] // 64, 4
+        shared_bytes = 3 * 64 * head_dim * warpgroups + stages * (5 * 64 * head_dim + 4 * 132) + 8 * (2 * stages + 1)
+    elif entry == "training_sm90_query":  # Q and dO; K, V and K transposed
+        warpgroups, stages = 2, 2
         shared_bytes = 3 * 128 * head_dim + stages * 4 * 128 * head_dim + 8 * (2 * stages + 1)
-    return KernelVariant(
-        family=entry,
-        source=f"{entry}.cu",
-        entry=entry,
-        defines=(
-            ("HEAD_DIM", head_dim),
-            ("BFLOAT16", int(is_bfloat16)),
-            ("STAGES", stages),
-            ("WARPGROUPS", warpgroups),
-        ),
-        head_dim=head_dim,
-        causal=False,
-        mask="none",
-        dtype="bfloat16" if is_bfloat16 else "float16",
-        threads=128 * (warpgroups + 1),
-        shared_bytes=shared_bytes,
-        archs=("sm_90a",),
-    )
-
-
-def _training_sm90_preparation(entry: str, head_dim: int, is_bfloat16: bool) -> KernelVariant:
-    """Bandwidth-bound; 128 tokens a block."""
-    if entry == "training_sm90_quantize":  # a transposed tile; means and magnitudes of channels; maxima of warps
+    elif entry == "training_sm90_quantize":  # a transposed tile; means and magnitudes of channels; maxima of warps
         shared_bytes = 132 * head_dim + 8 * head_dim + 2 * 32
-    else:  # two transposed tiles; delta by warps; maxima of warps
+    elif entry == "training_sm90_images":  # two transposed tiles; delta by warps; maxima of warps
         shared_bytes = 2 * 68 * head_dim + head_dim // 32 * 512 + 3 * 32
+    ring = (("STAGES", stages), ("WARPGROUPS", warpgroups)) if warpgroups else ()
+    threads = 256 if entry in TRAINING_SM90_PREPARATIONS else 128 * (warpgroups + 1)
     return KernelVariant(
         family=entry,
         source=f"{entry}.cu",
         entry=entry,
-        defines=(("HEAD_DIM", head_dim), ("BFLOAT16", int(is_bfloat16))),
+        defines=(("HEAD_DIM", head_dim), ("BFLOAT16", int(is_bfloat16)), *ring),
         head_dim=head_dim,
         causal=False,
         mask="none",
         dtype="bfloat16" if is_bfloat16 else "float16",
-        threads=256,
+        threads=threads,
         shared_bytes=shared_bytes,
         archs=("sm_90a",),
     )
@@ -297,8 +281,8 @@ def _training_sm90_preparation(entry: str, head_dim: int, is_bfloat16: bool) -> 
 def _training_sm90() -> tuple[KernelVariant, ...]:
     return tuple(
         training_sm90_variant(entry, head_dim, is_bfloat16)
-        for entry in TRAINING_SM90_ENTRIES
-        for head_dim in TRAINING_SM90_HEAD_DIMS
+        for head_dim, entries in TRAINING_SM90_ENTRIES.items()
+        for entry in entries
         for is_bfloat16 in (False, True)
     )
 

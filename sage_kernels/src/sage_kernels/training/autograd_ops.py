@@ -17,7 +17,7 @@ from sage_kernels.training.saved import Saved
 
 _SAVED = (
     "Tensor lse, Tensor query, Tensor query_scales, Tensor key, Tensor key_scales, Tensor key_transposed, "
-    "Tensor channel_scales"
+    "Tensor channel_scales, Tensor key_16bit, Tensor value_scales"
 )
 _SAVED_TENSORS = len(fields(Saved))
 _OPTIONS = "bool is_causal, float scale, str layout, str precision, bool emulate"
@@ -50,7 +50,11 @@ def attend(
 def _(
     q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float, layout: str, precision: str, emulate: bool
 ) -> Any:
-    saved = _nothing(q) if emulate else _as_integers(triton_backend.empty_saved(q, k, precision))
+    saved = (
+        _nothing(q)
+        if emulate
+        else _as_integers(triton_backend.empty_saved(q, k, precision, triton_backend.in_cuda(q, precision)))
+    )
     return _empty_output(q, layout), *saved
 
 
@@ -58,12 +62,12 @@ def _(
 def differentiate(
     d_output: Tensor, q: Tensor | None, k: Tensor | None, v: Tensor, output: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK and dV, contiguous, in the dtype of v; q and k are given where emulated."""
+    """dQ, dK and dV, contiguous, in the dtype of v; q and k are given where emulated, q where key_16bit is."""
     saved, (is_causal, scale, _, precision, emulate) = rest[:_SAVED_TENSORS], rest[_SAVED_TENSORS:]
     if not emulate:
         dtype = triton_backend.CODES[precision]
         codes = Saved(*(x.view(dtype) if x.dtype == torch.int8 else x for x in saved))
-        return triton_backend.backward(d_output, v, output, codes, is_causal, scale, precision)
+        return triton_backend.backward(d_output, q, v, output, codes, is_causal, scale, precision)
     assert q is not None
     assert k is not None
     with torch.autocast(v.device.type, enabled=False):
@@ -82,7 +86,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     emulate = options[-1]
     ctx.set_materialize_grads(False)
     ctx.options = options
-    ctx.save_for_backward(q if emulate else None, k if emulate else None, v, *output)
+    needs_query = emulate or output[-2].dim() > 1
+    ctx.save_for_backward(q if needs_query else None, k if emulate else None, v, *output)
 
 
 def _backward(ctx: Any, d_output: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -111,4 +116,4 @@ def _nothing(q: Tensor) -> tuple[Tensor, ...]:
 
 def _as_integers(saved: Saved) -> tuple[Tensor, ...]:
     """Its tensors; codes as integers, because autograd takes FP8 for something that has gradients."""
-    return tuple(x if x.dtype == torch.float32 else x.view(torch.int8) for x in vars(saved).values())
+    return tuple(x.view(torch.int8) if x.dtype == torch.float8_e4m3fn else x for x in vars(saved).values())

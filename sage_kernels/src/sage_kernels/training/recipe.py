@@ -22,7 +22,7 @@ class TrainingRecipe:
             each key_tile: channels of trained models differ by far more than keys do.
         smooth_k: subtract the mean key first.
         return_mean: add rowsum(dS) * mean(k) to dQ. In exact arithmetic every row of dS sums to zero.
-        exact: matmuls whose operands keep 16 bits.
+        exact: matmuls whose operands keep 16 bits; the reference does not round P and dS even to those.
     """
 
     number: Literal["int8", "fp8"] = "int8"

@@ -1,9 +1,11 @@
 """Trainable attention in CUDA for sm_90a: csrc/training_sm90_*.cu.
 
-Two kernels lay out tiles that one copy brings to shared memory as the tensor cores read them, three multiply.
+Two kernels lay out tiles that one copy brings to shared memory as the tensor cores read them, the others multiply: one
+for the forward pass; for the backward pass at head_dim 128 one for dK and dV and one for dQ, at 64 one for all three.
 """
 
 import ctypes
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -19,24 +21,26 @@ from sage_kernels.kernel_variants import (
     training_sm90_variant,
 )
 from sage_kernels.kernels.tensor_layout import has_aligned_rows
-from sage_kernels.training.recipe import RECIPES
+from sage_kernels.training.recipe import RECIPES, TrainingRecipe
 from sage_kernels.training.saved import Saved
 
 _TARGET = "sm_90a"
 _HEAD_DIMS = (64, 128)  # padded
 _HEAD_DIM_STEP = 8
 _QUERIES = 128  # of a thread block of the forward pass and of dQ
+_TILE_SUMS = 64 * 64  # of dQ in a query tile, where thread blocks add it up
 _QUERY_TILES = 2  # of a thread block that prepares
-_ROW_FLOATS = 132  # kRowFloats of csrc/training_sm90.cuh
+_ROW_FLOATS = {64: 324, 128: 132}  # kRowFloats of csrc/training_sm90_rows.cuh
 
 
 class _Parameters(ctypes.Structure):
     """csrc/training_sm90.cuh."""
 
     _fields_ = (
-        *((name, TENSOR_MAP) for name in ("d_output", "value")),
+        *((name, TENSOR_MAP) for name in ("d_output", "value", "query_16bit", "key_16bit")),
         *((name, ctypes.c_uint64) for name in ("query", "query_transposed", "d_output_transposed", "rows")),
-        *((name, ctypes.c_uint64) for name in ("key", "key_transposed", "key_scales", "channel_scales")),
+        *((name, ctypes.c_uint64) for name in ("key", "key_transposed")),
+        *((name, ctypes.c_uint64) for name in ("key_scales", "channel_scales")),
         *((name, ctypes.c_uint64) for name in ("d_query", "d_key", "d_value")),
         *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "query_length", "key_length")),
         *((name, ctypes.c_int32) for name in ("query_tiles", "key_tiles", "head_dim", "is_causal")),
@@ -64,7 +68,8 @@ class _QuantizeParameters(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_uint64) for name in ("query", "key", "value", "sums", "highest", "lowest")),
         *((name, ctypes.c_uint64) for name in ("query_codes", "query_scales", "key_codes", "key_scales")),
-        *((name, ctypes.c_uint64) for name in ("key_transposed", "channel_scales", "value_codes", "value_scales")),
+        *((name, ctypes.c_uint64) for name in ("key_transposed", "channel_scales", "key_16bit")),
+        *((name, ctypes.c_uint64) for name in ("value_codes", "value_scales")),
         *((name, ctypes.c_int64 * 3) for name in ("query_strides", "key_strides", "value_strides")),
         *((name, ctypes.c_int32) for name in ("batch", "heads", "kv_heads", "query_length", "key_length")),
         *((name, ctypes.c_int32) for name in ("query_tiles", "key_tiles", "head_dim", "pieces")),
@@ -78,8 +83,20 @@ class _ImagesParameters(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_uint64) for name in ("d_output", "output", "query", "query_scales", "lse")),
         *((name, ctypes.c_uint64) for name in ("query_transposed", "d_output_transposed", "rows")),
+        *((name, ctypes.c_uint64) for name in ("key_scales", "value_scales")),
         *((name, ctypes.c_int64 * 3) for name in ("d_output_strides", "output_strides")),
-        *((name, ctypes.c_int32) for name in ("heads", "query_length", "query_tiles", "head_dim")),
+        *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "query_length", "query_tiles", "key_tiles")),
+        ("head_dim", ctypes.c_int32),
+    )
+
+
+class _QueryParameters(ctypes.Structure):
+    """TrainQueryParams of csrc/training_sm90_query_16bit.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in ("query_sums", "rows", "d_query")),
+        *((name, ctypes.c_int32) for name in ("query_length", "query_tiles", "head_dim")),
+        ("factor", ctypes.c_float),
     )
 
 
@@ -91,6 +108,20 @@ def serves(device: torch.device, head_dim: int, block_d: int, dtype: torch.dtype
     if block_d not in _HEAD_DIMS or head_dim % _HEAD_DIM_STEP != 0:
         return False
     return all(loading_obstacle(variant, _TARGET) is None for variant in _variants(block_d, dtype))
+
+
+def multiplies_in_16bit(block_d: int) -> bool:
+    """Whether P^T dO, dS^T Q and dS K take 16 bits at a padded head_dim.
+
+    Codes and scales cost as many instructions for a score at every head_dim; what INT8 saves shrinks with it.
+    """
+    return block_d == 64
+
+
+def recipe(block_d: int) -> TrainingRecipe:
+    """What these kernels compute, for comparison with the reference."""
+    int8 = replace(RECIPES["int8"], backward_keys=RECIPES["int8"].key_tile)
+    return replace(int8, exact=int8.exact | {"dv", "dk", "dq"}) if multiplies_in_16bit(block_d) else int8
 
 
 def attend(
@@ -168,6 +199,7 @@ def quantize(
         "key_scales": saved.key_scales,
         "key_transposed": saved.key_transposed,
         "channel_scales": saved.channel_scales,
+        "key_16bit": saved.key_16bit,
         "value_codes": value_codes,
         "value_scales": value_scales,
     }
@@ -196,8 +228,9 @@ def make_images(d_output: Tensor, output: Tensor, saved: Saved) -> dict[str, Ten
     d_output, output = (_with_aligned_rows(x) for x in (d_output, output))
     batch, heads, query_length, head_dim = output.shape
     query_tiles = saved.query_scales.shape[1]
-    result = {name: torch.empty_like(saved.query) for name in ("query_transposed", "d_output_transposed")}
-    result["rows"] = saved.lse.new_empty((batch * heads * query_tiles, _ROW_FLOATS))
+    codes = saved.query.new_empty(0) if multiplies_in_16bit(saved.query.shape[2]) else saved.query
+    result = {name: torch.empty_like(codes) for name in ("query_transposed", "d_output_transposed")}
+    result["rows"] = saved.lse.new_empty((batch * heads * query_tiles, _ROW_FLOATS[saved.query.shape[2]]))
     parameters = _ImagesParameters(
         d_output=d_output.data_ptr(),
         output=output.data_ptr(),
@@ -207,11 +240,15 @@ def make_images(d_output: Tensor, output: Tensor, saved: Saved) -> dict[str, Ten
         query_transposed=result["query_transposed"].data_ptr(),
         d_output_transposed=result["d_output_transposed"].data_ptr(),
         rows=result["rows"].data_ptr(),
+        key_scales=saved.key_scales.data_ptr(),
+        value_scales=saved.value_scales.data_ptr(),
         d_output_strides=d_output.stride()[:3],
         output_strides=output.stride()[:3],
         heads=heads,
+        kv_heads=saved.key.shape[0] // batch,
         query_length=query_length,
         query_tiles=query_tiles,
+        key_tiles=saved.key_scales.shape[1],
         head_dim=head_dim,
     )
     blocks = batch * heads * -(-query_tiles // _QUERY_TILES)
@@ -238,12 +275,16 @@ def _tensor_map(x: Tensor) -> "ctypes.Array[ctypes.c_uint64]":
 
 
 def backward(
-    d_output: Tensor, v: Tensor, output: Tensor, saved: Saved, is_causal: bool, scale: float
+    d_output: Tensor, q: Tensor | None, v: Tensor, output: Tensor, saved: Saved, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ [B, H, Nq, D], dK and dV [B, Hkv, Nk, D], contiguous, in the dtype of `v`; no axis is empty."""
+    """dQ [B, H, Nq, D], dK and dV [B, Hkv, Nk, D], contiguous, in the dtype of `v`; no axis is empty.
+
+    q [B, H, Nq, D] is needed where multiplies_in_16bit().
+    """
     batch, heads, query_length, head_dim = output.shape
     kv_heads, key_length = v.shape[1:3]
     query_tiles, key_tiles = saved.query_scales.shape[1], saved.key_scales.shape[1]
+    block_d = saved.query.shape[2]
     d_query = torch.empty(output.shape, dtype=v.dtype, device=v.device)
     d_key, d_value = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for _ in range(2))
     d_output, v = _mappable(d_output), _mappable(v)
@@ -258,9 +299,16 @@ def backward(
         "d_key": d_key,
         "d_value": d_value,
     }
+    maps = {"d_output": _tensor_map(d_output), "value": _tensor_map(v)}
+    if multiplies_in_16bit(block_d):
+        assert q is not None
+        query = _mappable(q)
+        maps["query_16bit"] = _tensor_map(query)
+        maps["key_16bit"] = _tensor_map(saved.key_16bit.view(batch, kv_heads, -1, block_d))
+        sums = torch.zeros(batch * heads * query_tiles * _TILE_SUMS, dtype=torch.int32, device=v.device)
+        tensors["d_query"] = sums
     parameters = _Parameters(
-        d_output=_tensor_map(d_output),
-        value=_tensor_map(v),
+        **maps,
         **{name: x.data_ptr() for name, x in tensors.items()},
         heads=heads,
         kv_heads=kv_heads,
@@ -273,16 +321,31 @@ def backward(
         softmax_scale=abs(scale),
         query_sign=-1.0 if scale < 0 else 1.0,
     )
-    block_d = saved.query.shape[2]
     kernels = _load(block_d, v.dtype, v.device)
     key_blocks = -(-key_tiles * RECIPES["int8"].key_tile // TRAINING_SM90_KEYS[block_d])
-    kernels["training_sm90_key_value"].launch((batch * kv_heads * key_blocks, 1, 1), parameters)
-    kernels["training_sm90_query"].launch((batch * heads * -(-query_length // _QUERIES), 1, 1), parameters)
+    grid = (batch * kv_heads * key_blocks, 1, 1)
+    if not multiplies_in_16bit(block_d):
+        kernels["training_sm90_key_value"].launch(grid, parameters)
+        kernels["training_sm90_query"].launch((batch * heads * -(-query_length // _QUERIES), 1, 1), parameters)
+        return d_query, d_key, d_value
+    kernels["training_sm90_gradients_16bit"].launch(grid, parameters)
+    query_parameters = _QueryParameters(
+        query_sums=sums.data_ptr(),
+        rows=tensors["rows"].data_ptr(),
+        d_query=d_query.data_ptr(),
+        query_length=query_length,
+        query_tiles=query_tiles,
+        head_dim=head_dim,
+        factor=scale,
+    )
+    kernels["training_sm90_query_16bit"].launch((batch * heads * query_tiles, 1, 1), query_parameters)
     return d_query, d_key, d_value
 
 
 def _variants(block_d: int, dtype: torch.dtype) -> tuple[KernelVariant, ...]:
-    return tuple(training_sm90_variant(entry, block_d, dtype == torch.bfloat16) for entry in TRAINING_SM90_ENTRIES)
+    return tuple(
+        training_sm90_variant(entry, block_d, dtype == torch.bfloat16) for entry in TRAINING_SM90_ENTRIES[block_d]
+    )
 
 
 @lru_cache

@@ -24,19 +24,27 @@ def padded_head_dim(head_dim: int) -> int:
     return max(32, 1 << (head_dim - 1).bit_length())
 
 
-def empty_saved(q: Tensor, k: Tensor, precision: str) -> Saved:
+def in_cuda(q: Tensor, precision: str) -> bool:
+    """Whether sm90_backend serves q [B, H, Nq, D]; what has no keys or queries is left to Triton nevertheless."""
+    return sm90_backend.serves(q.device, q.shape[3], padded_head_dim(q.shape[3]), q.dtype, precision)
+
+
+def empty_saved(q: Tensor, k: Tensor, precision: str, in_cuda: bool) -> Saved:
     """Uninitialised, for q [B, H, Nq, D] and k [B, Hkv, Nk, D]."""
     recipe, block_d = RECIPES[precision], padded_head_dim(q.shape[3])
     query_tiles, key_tiles = -(-q.shape[2] // recipe.query_tile), -(-k.shape[2] // recipe.key_tile)
     query_heads, kv_heads = q.shape[0] * q.shape[1], k.shape[0] * k.shape[1]
+    has_16bit = in_cuda and sm90_backend.multiplies_in_16bit(block_d)
     return Saved(
         q.new_empty((query_heads, query_tiles * recipe.query_tile), dtype=torch.float32),
         q.new_empty((query_heads, query_tiles * recipe.query_tile, block_d), dtype=CODES[precision]),
         q.new_empty((query_heads, query_tiles), dtype=torch.float32),
         q.new_empty((kv_heads, key_tiles * recipe.key_tile, block_d), dtype=CODES[precision]),
         q.new_empty((kv_heads, key_tiles), dtype=torch.float32),
-        q.new_empty((kv_heads, key_tiles, block_d, recipe.key_tile), dtype=CODES[precision]),
-        q.new_empty((kv_heads, block_d), dtype=torch.float32),
+        q.new_empty(0 if has_16bit else (kv_heads, key_tiles, block_d, recipe.key_tile), dtype=CODES[precision]),
+        q.new_empty(0 if has_16bit else (kv_heads, block_d), dtype=torch.float32),
+        q.new_empty((kv_heads, key_tiles * recipe.key_tile, block_d) if has_16bit else 0, dtype=torch.int16),
+        q.new_empty((kv_heads, key_tiles) if has_16bit else 0, dtype=torch.float32),
     )
 
 
@@ -57,16 +65,15 @@ def forward(
     recipe, fp8 = RECIPES[precision], precision == "fp8"
     batch, heads, query_length, head_dim = q.shape
     kv_heads, key_length = k.shape[1:3]
-    saved = empty_saved(q, k, precision)
+    cuda = config is None and in_cuda(q, precision)
+    saved = empty_saved(q, k, precision, cuda)
     if q.numel() == 0:
         return saved
     block_d = saved.query.shape[2]
-    in_cuda = (
-        config is None and bool(k.numel()) and sm90_backend.serves(q.device, head_dim, block_d, q.dtype, precision)
-    )
     config = config or find_config(device_architecture(q.device), block_d)
     query_tiles, key_tiles = saved.query_scales.shape[1], saved.key_scales.shape[1]
-    value_codes, value_scales = torch.empty_like(saved.key), torch.empty_like(saved.key_scales)
+    value_codes = torch.empty_like(saved.key)
+    value_scales = saved.value_scales if saved.value_scales.numel() else torch.empty_like(saved.key_scales)
     rows = 32 if block_d > 64 else 64
     steps = -(-key_length // rows)
     partials = saved.lse.new_empty((3, batch * kv_heads, _CHUNKS, block_d))  # sums, largest and smallest
@@ -75,7 +82,7 @@ def forward(
             k, *partials, *k.stride(), kv_heads, key_length, -(-steps // _CHUNKS),
             HEAD_DIM=head_dim, BLOCK_D=block_d, ROWS=rows, CHUNKS=_CHUNKS, num_warps=4,
         )  # fmt: skip
-        if in_cuda:
+        if cuda and k.numel():
             sm90_backend.quantize(q, k, v, partials, saved, value_codes, value_scales, _sign(scale))
             sm90_backend.attend(saved, value_codes, value_scales, output, key_length, is_causal, scale)
             return saved
@@ -102,6 +109,7 @@ def forward(
 
 def backward(
     d_output: Tensor,
+    q: Tensor | None,
     v: Tensor,
     output: Tensor,
     saved: Saved,
@@ -110,7 +118,10 @@ def backward(
     precision: str,
     config: TrainingConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ [B, H, Nq, D], dK and dV [B, Hkv, Nk, D], contiguous, in the dtype of `output`."""
+    """dQ [B, H, Nq, D], dK and dV [B, Hkv, Nk, D], contiguous, in the dtype of `output`.
+
+    q [B, H, Nq, D] is needed where saved.key_16bit is.
+    """
     from sage_kernels.training.triton_kernels import backward as kernels  # noqa: PLC0415 as the module says
     from sage_kernels.training.triton_kernels import quantize  # noqa: PLC0415
 
@@ -119,12 +130,8 @@ def backward(
     kv_heads, key_length = v.shape[1:3]
     if output.numel() == 0:
         return output.new_empty(output.shape), v.new_zeros(v.shape), v.new_zeros(v.shape)
-    if (
-        config is None
-        and v.numel()
-        and sm90_backend.serves(v.device, head_dim, saved.query.shape[2], v.dtype, precision)
-    ):
-        return sm90_backend.backward(d_output, v, output, saved, is_causal, scale)
+    if config is None and v.numel() and in_cuda(output, precision):
+        return sm90_backend.backward(d_output, q, v, output, saved, is_causal, scale)
     # The kernels that multiply load rows of whole vectors.
     d_output, v = (x if x.stride(3) == 1 else x.contiguous() for x in (d_output, v))
     d_query = torch.empty(output.shape, dtype=output.dtype, device=output.device)
