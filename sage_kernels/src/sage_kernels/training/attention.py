@@ -24,8 +24,9 @@ def trainable_attention(
 
     All matmuls of forward and backward pass but dO V^T multiply INT8 (or FP8) numbers; in CUDA (below) at head_dim up
     to 64 P^T dO, dS^T Q and dS K are in 16 bits, too, which is faster there and more accurate. Results are
-    bit-identical from run to run. Works under torch.compile(fullgraph=True), autocast (float32 inputs are rounded to its dtype, as by
-    torch's own attention), gradient checkpointing, DDP and FSDP. There is no second derivative. No input is changed.
+    bit-identical from run to run. Works under torch.compile(fullgraph=True), autocast (float32 inputs are rounded to
+    its dtype, as by torch's own attention), gradient checkpointing, DDP and FSDP. There is no second derivative. No
+    input is changed.
 
     For the backward pass it keeps Q in 8 bits, K twice in 8 bits, V, the output and the LSE; with 16-bit products also
     Q, and K in 8 and 16 bits. INT8 is CUDA on Hopper GPUs where head_dim is a multiple of 8 beyond 32, in Triton
