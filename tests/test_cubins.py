@@ -19,12 +19,10 @@ NATIVE_OPCODES: dict[str, dict[str, tuple[str, ...]]] = {
     "int8_sm90_prepare": {},
     "kv_cache": dict.fromkeys(("sm_90a", "sm_120a", "sm_121a"), ("HMMA", "MOVM")),
     "training_sm90_forward": {"sm_90a": ("IGMMA",)},
-    "training_sm90_key_value": {"sm_90a": ("IGMMA", "HGMMA")},
-    "training_sm90_query": {"sm_90a": ("IGMMA", "HGMMA")},
-    "training_sm90_gradients_16bit": {"sm_90a": ("IGMMA", "HGMMA")},
-    "training_sm90_query_16bit": {},
+    "training_sm90_gradients": {"sm_90a": ("IGMMA", "HGMMA")},
+    "training_sm90_query": {},
     "training_sm90_quantize": {},
-    "training_sm90_images": {},
+    "training_sm90_rows": {},
 }
 EMULATION_MARKER = "sage_emulates_fp4"  # every source that can emulate defines this symbol when it does
 REGISTERS_PER_BLOCK, REGISTERS_PER_THREAD = 65536, 255

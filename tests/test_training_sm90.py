@@ -13,10 +13,9 @@ import torch
 from sage_kernels.architectures import find_architecture
 from sage_kernels.driver import TENSOR_MAP
 from sage_kernels.kernel_sources import source_folder
-from sage_kernels.kernel_variants import TRAINING_SM90_ENTRIES, training_sm90_variant
+from sage_kernels.kernel_variants import TRAINING_SM90_ENTRIES, TRAINING_SM90_HEAD_DIMS, training_sm90_variant
 from sage_kernels.training import sm90_backend
 from sage_kernels.training.configs import find_config
-from sage_kernels.training.recipe import RECIPES
 from sm90_on_host import find_compiler
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,34 +61,32 @@ def test_leaves_to_triton_what_can_not_be_loaded(on, monkeypatch):
     assert not sm90_backend.serves(CUDA, 128, 128, torch.bfloat16, "int8")
 
 
-@pytest.mark.parametrize("head_dim", TRAINING_SM90_ENTRIES)
-def test_kernels_fit_into_a_multiprocessor(head_dim):
-    for entry in TRAINING_SM90_ENTRIES[head_dim]:
-        assert training_sm90_variant(entry, head_dim, True).shared_bytes <= HOPPER.shared_memory
+@pytest.mark.parametrize("head_dim", TRAINING_SM90_HEAD_DIMS)
+@pytest.mark.parametrize("entry", TRAINING_SM90_ENTRIES)
+def test_kernels_fit_into_a_multiprocessor(entry, head_dim):
+    assert training_sm90_variant(entry, head_dim, True).shared_bytes <= HOPPER.shared_memory
 
 
-@pytest.mark.parametrize("head_dim", TRAINING_SM90_ENTRIES)
-def test_the_recipe_has_the_tiles_of_the_sources(head_dim):
+def test_the_recipe_has_the_tiles_of_the_sources():
     text = (source_folder() / "training_sm90.cuh").read_text()
     query_tile, key_tile = map(int, re.findall(r"kQueryTile = (\d+), kKeyTile = (\d+)", text)[0])
-    recipe = sm90_backend.recipe(head_dim)
+    recipe = sm90_backend.recipe()
     assert (recipe.query_tile, recipe.key_tile) == (query_tile, key_tile)
     assert recipe.forward_keys == key_tile
-    assert (recipe.backward_queries, recipe.backward_keys) == (query_tile, key_tile)
-    assert RECIPES["int8"].query_tile == query_tile
+    assert recipe.exact == {"dp", "dv", "dk", "dq"}
 
 
-def test_cuda_and_triton_compute_one_recipe_on_hopper_where_products_are_int8():
-    assert sm90_backend.recipe(128) == find_config(HOPPER, 128).recipe("int8")
-    assert sm90_backend.recipe(64).exact == {"dp", "dv", "dk", "dq"}
+@pytest.mark.parametrize("head_dim", TRAINING_SM90_HEAD_DIMS)
+def test_cuda_and_triton_compute_one_forward_pass_on_hopper(head_dim):
+    triton, cuda = find_config(HOPPER, head_dim).recipe("int8"), sm90_backend.recipe()
+    for name in ("query_tile", "key_tile", "forward_keys", "smooth_k"):
+        assert getattr(triton, name) == getattr(cuda, name)
 
 
-@pytest.mark.parametrize("head_dim", TRAINING_SM90_ENTRIES)
-def test_rows_of_queries_have_the_length_of_the_source(head_dim):
+def test_rows_of_queries_have_the_length_of_the_source():
     text = (source_folder() / "training_sm90_rows.cuh").read_text()
-    narrow, wide = map(int, re.findall(r"kRowFloats = (\d+)", text))
-    assert sm90_backend._ROW_FLOATS[head_dim] == {64: narrow, 128: wide}[head_dim]
-    assert sm90_backend._ROW_FLOATS[head_dim] % 4 == 0  # the copy to shared memory takes whole vectors
+    assert int(re.findall(r"kRowFloats = (\d+)", text)[0]) == sm90_backend._ROW_FLOATS
+    assert sm90_backend._ROW_FLOATS % 4 == 0  # the copy to shared memory takes whole vectors
 
 
 @pytest.mark.parametrize(
@@ -98,14 +95,15 @@ def test_rows_of_queries_have_the_length_of_the_source(head_dim):
         ("training_sm90.cuh", "TrainParams", sm90_backend._Parameters),
         ("training_sm90_forward.cu", "TrainForwardParams", sm90_backend._ForwardParameters),
         ("training_sm90_quantize.cu", "TrainQuantizeParams", sm90_backend._QuantizeParameters),
-        ("training_sm90_images.cu", "TrainImagesParams", sm90_backend._ImagesParameters),
-        ("training_sm90_query_16bit.cu", "TrainQueryParams", sm90_backend._QueryParameters),
+        ("training_sm90_rows.cu", "TrainRowsParams", sm90_backend._RowsParameters),
+        ("training_sm90_query.cu", "TrainQueryParams", sm90_backend._QueryParameters),
     ],
 )
 def test_parameters_have_the_fields_of_the_sources(file, struct, parameters):
     text = (source_folder() / file).read_text()
     body = re.sub(r"//.*", "", text[text.index(f"struct {struct} {{") :].partition("};")[0].partition("{")[2])
     kinds = {"float": ctypes.c_float, "int": ctypes.c_int32, "i64": ctypes.c_int64 * 3, "TensorMap": TENSOR_MAP}
+    kinds["u64"] = ctypes.c_uint64 * 4
     fields = []
     for kind, star, names in re.findall(r"(?:const )?(\w+)(\*?) ([^;]+);", body):
         fields += [

@@ -8,25 +8,22 @@ struct alignas(64) TensorMap {
   u64 words[16];
 };
 
-// Tiles as training_sm90_quantize.cu and training_sm90_images.cu lay them out: rows of 64 or 128 bytes, 16-byte chunks
-// swizzled as wgmma reads them. Transposed ones hold tokens in the order in which accumulators become an 8-bit operand.
+// Tiles of codes as training_sm90_quantize.cu lays them out: rows of 64 or 128 bytes, 16-byte chunks swizzled as wgmma
+// reads them.
 struct TrainParams {
   TensorMap d_output, value;
-  TensorMap query_16bit, key_16bit;  // of training_sm90_gradients_16bit.cu, in place of transposed tiles
-  const u8* query;                   // [B * H, query_tiles][64][HEAD_DIM]
-  const u8* query_transposed;        // [B * H, query_tiles][HEAD_DIM][64]
-  const u8* d_output_transposed;     // [B * H, query_tiles][HEAD_DIM][64]
+  TensorMap query_16bit, key_16bit;  // the second of K without its mean
+  const u8* query;                   // [B * H, query_tiles][64][HEAD_DIM]: codes
   float* rows;                       // [B * H, query_tiles][kRowFloats]
-  const u8* key;                     // [B * Hkv, key_tiles][128][HEAD_DIM]
-  const u8* key_transposed;          // [B * Hkv, key_tiles][HEAD_DIM][128]
+  const u8* key;                     // [B * Hkv, key_tiles][128][HEAD_DIM]: codes
   const float* key_scales;           // [B * Hkv, key_tiles]
-  const float* channel_scales;       // [B * Hkv, HEAD_DIM], of the transposed K
-  void* d_query;  // [B * H, Nq, D] in 16 bits, or int [B * H, query_tiles][32][128]: dQ in integer steps
-  u16* d_key;     // [B * Hkv, Nk, D]
+  int* query_sums;                   // [B * H, query_tiles][HEAD_DIM / 2][128]: dQ in integer steps, at first 0
+  u16* d_key;                        // [B * Hkv, Nk, D]
   u16* d_value;
   int heads, kv_heads, query_length, key_length, query_tiles, key_tiles, head_dim, is_causal;
   float softmax_scale;  // not negative: its sign is in the codes of Q
   float query_sign;
+  u64 unused[4];  // up to the size that tensor maps ask for
 };
 
 constexpr int kQueryTile = 64, kKeyTile = 128;
@@ -35,9 +32,6 @@ constexpr int kThreads = 128 * (kWarpgroups + 1);
 constexpr int kConsumerRegisters = kWarpgroups == 2 ? 240 : 160, kProducerRegisters = kWarpgroups == 2 ? 24 : 32;
 constexpr int kSlabs = HEAD_DIM / 64;  // of 16-bit rows: 64 channels are the 128 bytes that a swizzle spans
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-constexpr float kLimit = 127.f;
-constexpr float kSmallest = 4e-37f;  // 127 / x is infinite below
 
 struct Ring {
   int stage = 0;
@@ -50,12 +44,6 @@ struct Ring {
     }
   }
 };
-
-DEVICE float2 load_shared_pair(u32 address) {
-  float2 x;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address));
-  return x;
-}
 
 DEVICE float load_shared_float(u32 address) {
   float x;
@@ -106,7 +94,7 @@ DEVICE void compute_before_waiting(u32 weight) {
 
 // ---- wgmma, on registers that hold S, dP and products in turn, as bits ----------------------------------------------
 // multiply_codes: INT8, A and B in shared memory, or A in registers. multiply_16bit: float32 sums, both in shared
-// memory.
+// memory; further down, with operands whose rows are what the product sums over.
 #if BFLOAT16
 #define WGMMA_16BIT "f32.bf16.bf16"
 #else
@@ -147,6 +135,12 @@ DEVICE void multiply_16bit(float (&d)[32], const u32* a, u64 b_matrix) {
   asm volatile("wgmma.mma_async.sync.aligned.m64n64k16." WGMMA_16BIT " " REGS_32
                ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
                : ARRAY_32("+f", d)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_matrix));
+}
+DEVICE void multiply_16bit(float (&d)[64], const u32* a, u64 b_matrix) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16." WGMMA_16BIT " " REGS_64
+               ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+               : ARRAY_64("+f", d)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_matrix));
 }
 DEVICE void multiply_16bit(float (&d)[32], u64 a_matrix, u64 b_matrix, bool accumulates) {
@@ -200,65 +194,42 @@ DEVICE void issue_product(u32 (&product)[kCount], u32 (&codes)[kCodes], u32 righ
   wgmma_commit();
 }
 
-// ---- codes ---------------------------------------------------------------------------------------------------------
+constexpr int kSlabBytes = 64 * 128;
+
+// An operand whose rows are what a product sums over; 16 of them are 2048 bytes.
+DEVICE u64 operand_rows(u32 address) {
+  constexpr u64 slab = u64(kSlabBytes / 16 - 1) << 16;
+  return operand<128>(address, 0) + slab;
+}
+
+// Adds a product whose right operand's rows are what it sums over.
+template <int kCount, int kLeft>
+DEVICE void issue_product(float (&sums)[kCount], u32 (&left)[kLeft], u32 right) {
+  const u64 b = operand_rows(right);
+  pin_registers(left);
+  wgmma_fence(sums);
+#pragma unroll
+  for (int step = 0; step < kLeft / 4; ++step) multiply_16bit(sums, left + 4 * step, b + 128 * step);
+  wgmma_commit();
+}
+
+// ---- results in registers ------------------------------------------------------------------------------------------
 // A thread holds rows lane / 4 and lane / 4 + 8 of its warp's 16: register i of an accumulator is of row i / 2 % 2.
 
-// The largest of a row over the four threads that share it. Bits of positive floats order as integers do, and those of
-// a NaN are above them.
+// The largest of a row over the four threads that share it.
 DEVICE int row_maximum(int x) {
   x = max(x, __shfl_xor_sync(~0u, x, 1));
   return max(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-DEVICE u32 low_bytes(u32 a, u32 b, u32 c, u32 d) {
-  return __byte_perm(__byte_perm(a, b, 0x40), __byte_perm(c, d, 0x40), 0x5410);
-}
-
-// Codes of numbers within their scale, as the left operand of products.
+// Accumulators as left operand.
 template <int kCount>
-DEVICE void make_codes(u32 (&codes)[kCount / 4], const u32 (&x)[kCount], const float (&inverse)[2]) {
+DEVICE void pack(u32 (&packed)[kCount / 2], const u32 (&x)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kCount; i += 8) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      u32 t[4];
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        t[e] = __float_as_uint(fmaf(__uint_as_float(x[i + 2 * r + e / 2 * 4 + e % 2]), inverse[r], kRound));
-      codes[i / 4 + r] = low_bytes(t[0], t[1], t[2], t[3]);
-    }
+  for (int i = 0; i < kCount / 2; ++i) {
+    const float low = __uint_as_float(x[2 * i]), high = __uint_as_float(x[2 * i + 1]);
+    packed[i] = BFLOAT16 ? pack_bfloat16(low, high) : pack_float16(low, high);
   }
-}
-
-DEVICE float inverse_scale(float largest) { return largest > kSmallest ? kLimit * reciprocal_approx(largest) : 0.f; }
-
-// Larger than what was found before, of positive floats as bits, and of the magnitudes of two numbers.
-DEVICE int larger(int largest, float x, float y) { return max(largest, __float_as_int(fmaxf(fabsf(x), fabsf(y)))); }
-
-// Scale of a row's codes and what to multiply by, from the largest magnitude that each of its four threads found.
-DEVICE void scale_row(float largest, float& scale, float& inverse) {
-  const float maximum = __int_as_float(row_maximum(__float_as_int(largest)));
-  inverse = inverse_scale(maximum);
-  scale = maximum * (1.f / kLimit);
-}
-
-// Scales of the codes of numbers >= 0, and what to multiply them by.
-template <int kCount>
-DEVICE void scale_weights(const u32 (&x)[kCount], float (&scale)[2], float (&inverse)[2]) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    int largest = 0;
-#pragma unroll
-    for (int i = 2 * r; i < kCount; i += 4) largest = max(max(largest, int(x[i])), int(x[i + 1]));
-    scale_row(__int_as_float(largest), scale[r], inverse[r]);
-  }
-}
-
-template <int kOffset, int kCount, int kSums>
-DEVICE void add_product(float (&sums)[kSums], const u32 (&product)[kCount], const float (&scale)[2]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i)
-    sums[kOffset + i] = fmaf(static_cast<float>(static_cast<int>(product[i])), scale[i / 2 % 2], sums[kOffset + i]);
 }
 
 // Rows of a warpgroup to [.., head_dim], row `first` + those of the thread, up to `length`.

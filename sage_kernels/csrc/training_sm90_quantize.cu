@@ -1,23 +1,19 @@
-// Q, K and V to the INT8 tiles of training_sm90_forward.cu, and K for dQ, transposed or in 16 bits (SageAttention3,
-// section 4). Bound by memory bandwidth: each is read once.
+// Q, K and V to the INT8 tiles of training_sm90_forward.cu (SageAttention3, section 4), and K without its mean in 16
+// bits for dQ. Bound by memory bandwidth: each is read once.
 #include "training_sm90_tiles.cuh"
 
 struct TrainQuantizeParams {
   const u16* query;  // [B, H, Nq, D]; D contiguous, rows aligned to 16 bytes; strides in elements: batch, head, row
   const u16* key;    // [B, Hkv, Nk, D]
   const u16* value;
-  const float* sums;     // [B * Hkv, pieces, HEAD_DIM]: of each channel of K
-  const float* highest;  // its extremes
-  const float* lowest;
-  u8* query_codes;        // [B * H, query_tiles][64][HEAD_DIM]
-  float* query_scales;    // [B * H, query_tiles]
-  u8* key_codes;          // [B * Hkv, key_tiles][128][HEAD_DIM], of K without its mean
-  float* key_scales;      // [B * Hkv, key_tiles]
-  u8* key_transposed;     // [B * Hkv, key_tiles][HEAD_DIM][128], likewise
-  float* channel_scales;  // [B * Hkv, HEAD_DIM], of the transposed K
-  u16* key_16bit;         // [B * Hkv, key_tiles * 128, HEAD_DIM], likewise, in place of the transposed K
-  u8* value_codes;        // [B * Hkv, key_tiles][HEAD_DIM][128]
-  float* value_scales;    // [B * Hkv, key_tiles]
+  const float* sums;    // [B * Hkv, pieces, HEAD_DIM]: of each channel of K
+  u8* query_codes;      // [B * H, query_tiles][64][HEAD_DIM]
+  float* query_scales;  // [B * H, query_tiles]
+  u8* key_codes;        // [B * Hkv, key_tiles][128][HEAD_DIM], of K without its mean
+  float* key_scales;    // [B * Hkv, key_tiles]
+  u16* key_16bit;       // [B * Hkv, key_tiles * 128, HEAD_DIM], likewise
+  u8* value_codes;      // [B * Hkv, key_tiles][HEAD_DIM][128]
+  float* value_scales;  // [B * Hkv, key_tiles]
   i64 query_strides[3];
   i64 key_strides[3];
   i64 value_strides[3];
@@ -29,8 +25,7 @@ struct Shared {
   u32 base;
   DEVICE Transposed<kTokens> transposed() const { return {base}; }
   DEVICE u32 means() const { return base + Transposed<kTokens>::kBytes; }  // of K's channels
-  DEVICE u32 largest() const { return means() + 4 * HEAD_DIM; }            // magnitudes of K's channels without it
-  DEVICE u32 scratch(int i = 0) const { return largest() + 4 * HEAD_DIM + 4 * kWarps * i; }
+  DEVICE u32 scratch(int i = 0) const { return means() + 4 * HEAD_DIM + 4 * kWarps * i; }
 };
 
 DEVICE void quantize_queries(const TrainQuantizeParams& p, const Shared& shared, const Place& at, i64 head, int pair) {
@@ -72,19 +67,9 @@ DEVICE void quantize_keys(const TrainQuantizeParams& p, const Shared& shared, co
   uint4 raw[kRounds][4];
   load_tokens(raw, source, p.key_strides[2], tile * kTokens, p.key_length, p.head_dim, at);
   if (threadIdx.x < HEAD_DIM) {
-    float sum = 0.f, high = -infinity(), low = infinity();
-    for (int piece = 0; piece < p.pieces; ++piece) {
-      const i64 place = (head * p.pieces + piece) * HEAD_DIM + threadIdx.x;
-      sum += p.sums[place];
-      high = fmaxf(high, p.highest[place]);
-      low = fminf(low, p.lowest[place]);
-    }
-    const float mean = sum / float(p.key_length);
-    // One that is not finite makes the mean, and so both of these, infinite or NaN.
-    const u32 largest = max(magnitude(high - mean), magnitude(mean - low));
-    store_shared_word(shared.means() + 4 * threadIdx.x, __float_as_uint(mean));
-    store_shared_word(shared.largest() + 4 * threadIdx.x, largest);
-    if (tile == 0 && !kProductsIn16Bit) p.channel_scales[head * HEAD_DIM + threadIdx.x] = make_scale(largest).scale;
+    float sum = 0.f;
+    for (int piece = 0; piece < p.pieces; ++piece) sum += p.sums[(head * p.pieces + piece) * HEAD_DIM + threadIdx.x];
+    store_shared_word(shared.means() + 4 * threadIdx.x, __float_as_uint(sum / float(p.key_length)));
   }
   __syncthreads();
   float mean[8];
@@ -114,35 +99,16 @@ DEVICE void quantize_keys(const TrainQuantizeParams& p, const Shared& shared, co
       for (int c = 0; c < 8; ++c) codes[c] = find_code(has_key(round, i) ? x.x[c] - mean[c] : 0.f, scale);
       store_codes(image, at.token(round, i), at.group, codes);
     }
-  if (threadIdx.x == 0) p.key_scales[index] = scale.scale;
-  if (kProductsIn16Bit) {
 #pragma unroll
-    for (int round = 0; round < kRounds; ++round)
+  for (int round = 0; round < kRounds; ++round)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        Channels x = unpack(raw[round][i]);
+    for (int i = 0; i < 4; ++i) {
+      Channels x = unpack(raw[round][i]);
 #pragma unroll
-        for (int c = 0; c < 8; ++c) x.x[c] = has_key(round, i) ? x.x[c] - mean[c] : 0.f;
-        store_16bit(p.key_16bit + index * kTokens * HEAD_DIM, at.token(round, i), at.group, x);
-      }
-    return;
-  }
-#pragma unroll
-  for (int c = 0; c < 8; ++c) {
-    const int channel = 8 * at.group + c;
-    const Scale own = make_scale(load_shared_word(shared.largest() + 4 * channel));
-#pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
-      u32 codes[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        codes[i] = find_code(has_key(round, i) ? unpack(raw[round][i]).x[c] - mean[c] : 0.f, own);
-      shared.transposed().put(channel, at.chunk + kChunkStep * round, at.quad,
-                              low_bytes(codes[0], codes[1], codes[2], codes[3]));
+      for (int c = 0; c < 8; ++c) x.x[c] = has_key(round, i) ? x.x[c] - mean[c] : 0.f;
+      store_16bit(p.key_16bit + index * kTokens * HEAD_DIM, at.token(round, i), at.group, x);
     }
-  }
-  __syncthreads();
-  shared.transposed().store(p.key_transposed + index * kTokens * HEAD_DIM);
+  if (threadIdx.x == 0) p.key_scales[index] = scale.scale;
 }
 
 DEVICE void quantize_values(const TrainQuantizeParams& p, const Shared& shared, const Place& at, i64 head, int tile) {

@@ -1,11 +1,10 @@
-// What training_sm90_quantize.cu and training_sm90_images.cu share. A thread block takes 128 tokens of a head; a thread
+// What training_sm90_quantize.cu and training_sm90_rows.cu share. A thread block takes 128 tokens of a head; a thread
 // 8 channels of 4 tokens, once or twice: those that are neighbours in transposed tiles, whose rows hold tokens in the
 // order in which accumulators become an 8-bit operand (triton_kernels/numbers.permuted).
 // Compile-time: HEAD_DIM 64 | 128, to which tiles are padded; BFLOAT16 1 | 0 (float16).
 #pragma once
 #include "sm90_channels.cuh"
 
-constexpr bool kProductsIn16Bit = HEAD_DIM == 64;  // of the backward pass: training_sm90_*_16bit.cu
 constexpr int kTokens = 128, kThreads = 256, kWarps = kThreads / 32;
 constexpr int kQueryTile = 64, kHalves = kTokens / kQueryTile;  // tiles of queries are half as long as those of keys
 constexpr int kGroups = HEAD_DIM / 8;                           // of 8 channels

@@ -63,7 +63,7 @@ def full_float32_products():
 def recipe_of(q, precision):
     block_d = triton_backend.padded_head_dim(q.shape[3])
     if triton_backend.in_cuda(q, precision):
-        return sm90_backend.recipe(block_d)
+        return sm90_backend.recipe()
     return find_config(device_architecture(CUDA), block_d).recipe(precision)
 
 
@@ -120,7 +120,7 @@ def test_many_thread_blocks_agree_with_the_reference(head_dim, within):
 
 
 def test_outliers_leave_enough_integer_steps_for_query_gradients(within):
-    """dQ at head_dim 64 is added up in steps that the largest V and K of the head determine."""
+    """dQ is added up in steps that the largest V and K of the head determine."""
     q, k, v, d_output = make_tensors(1, 2, 2, 1000, 1000, 64, BF16, CUDA)
     v[:, :, 500] *= 30
     k[..., 7] *= 20

@@ -210,7 +210,6 @@ inline float4 load_shared(u32 address) {
   return x;
 }
 inline void store_shared(u32 address, float4 x) { memcpy(shared_memory + address, &x, 16); }
-inline float2 load_shared_pair(u32 address) { return {load_shared_float(address), load_shared_float(address + 4)}; }
 
 // ---- wgmma ---------------------------------------------------------------------------------------------------------
 
@@ -232,7 +231,9 @@ inline void compute_before_waiting(u32) {}
 inline u32 operand_address(u64 descriptor, int row, int byte) {
   const bool is_wide = descriptor >> 62 == 1;
   const u32 start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
-  const u32 address = start + row / 8 * stride + row % 8 * (is_wide ? 128 : 64) + byte;
+  const u32 slab =
+      is_wide ? byte / 128 * ((descriptor >> 16 & 0x3fff) << 4) : 0;  // of operands whose rows are summed over
+  const u32 address = start + slab + row / 8 * stride + row % 8 * (is_wide ? 128 : 64) + (is_wide ? byte % 128 : byte);
   return address ^ (address >> 7 & (is_wide ? 7 : 3)) << 4;
 }
 inline int operand_code(u64 descriptor, int row, int k) {
@@ -289,9 +290,10 @@ inline void multiply_codes(u32 (&d)[kCount], const u32* a, u64 b, bool accumulat
 }
 
 // Rows of B, and of A in shared memory, are what the product sums over: of 64 columns in 128 bytes.
-inline void multiply_16bit(float (&d)[32], const u32* a, u64 b) {
+template <int kCount>
+inline void multiply_16bit(float (&d)[kCount], const u32* a, u64 b) {
   const auto& rows = exchange_operand(a);
-  for (int i = 0; i < 32; ++i)
+  for (int i = 0; i < kCount; ++i)
     for (int k = 0; k < 16; ++k) {
       u16 bits;
       memcpy(&bits, &rows[fragment_row(i)][2 * k], 2);

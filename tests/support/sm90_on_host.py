@@ -24,7 +24,7 @@ class HostKernel:
         if "training_sm90.cuh" in texts:
             # Functions that are PTX are the host header's; they stand between these lines.
             texts["training_sm90.cuh"], cut = re.subn(
-                r"(?s)DEVICE float2 load_shared_pair.*?(?=// matrix_descriptor of)", "", texts["training_sm90.cuh"]
+                r"(?s)DEVICE float load_shared_float.*?(?=// matrix_descriptor of)", "", texts["training_sm90.cuh"]
             )
             assert cut == 1
         source = self._with_headers(texts, variant.source)

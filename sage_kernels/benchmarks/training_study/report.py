@@ -122,11 +122,11 @@ def profile(document: Document, result: Result | None) -> None:
         document.table(["", "us", "instructions", "issue slots", "tensor cores", "exponentials", "DRAM"], lines)
         document.items(items)
         document.text(
-            "What keeps both from being busy is that products wait for codes and codes for scores: a thread's "
-            "registers hold the sums of dK and dV and one block of scores, so that little of one block overlaps the "
-            "next. At head dimension 64 the tensor cores have half of the work for as many scores, whose codes, maxima "
-            "and scales would cost as much as at 128: there P^T dO, dS^T Q and dS K are in 16 bits, and one kernel "
-            "computes all gradients, which adds up dQ in integers, so that results stay the same from run to run."
+            "One kernel computes all gradients: S^T in INT8, P^T dO, dS^T Q and dS K in 16 bits. In INT8 those three "
+            "took two kernels, which both computed the scores and dP, and a thread spent on codes, maxima and scales "
+            "what the tensor cores saved. dQ is added up in integers, so that results stay the same from run to run. "
+            "What keeps the tensor cores from being busy is that a thread's registers hold the sums of dK and dV and "
+            "one block of scores: little of one block overlaps the next."
         )
 
 

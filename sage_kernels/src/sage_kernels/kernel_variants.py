@@ -226,42 +226,34 @@ def _kv_cache() -> tuple[KernelVariant, ...]:
     return tuple(kv_cache_variant(head_dim, rows) for head_dim in KV_CACHE_HEAD_DIMS for rows in KV_CACHE_ROWS)
 
 
-TRAINING_SM90_PREPARATIONS = ("training_sm90_quantize", "training_sm90_images")
-# By padded head_dim: 8-bit products pay off in the backward pass at 128 only.
-TRAINING_SM90_ENTRIES = {
-    64: (
-        "training_sm90_forward",
-        "training_sm90_gradients_16bit",
-        "training_sm90_query_16bit",
-        *TRAINING_SM90_PREPARATIONS,
-    ),
-    128: ("training_sm90_forward", "training_sm90_key_value", "training_sm90_query", *TRAINING_SM90_PREPARATIONS),
-}
+TRAINING_SM90_HEAD_DIMS = (64, 128)
+TRAINING_SM90_PREPARATIONS = ("training_sm90_quantize", "training_sm90_rows")
+TRAINING_SM90_ENTRIES = (
+    "training_sm90_forward",
+    "training_sm90_gradients",
+    "training_sm90_query",
+    *TRAINING_SM90_PREPARATIONS,
+)
 TRAINING_SM90_KEYS = {64: 192, 128: 128}  # of a thread block of dK and dV, 64 for each warpgroup
 
 
 @lru_cache
 def training_sm90_variant(entry: str, head_dim: int, is_bfloat16: bool) -> KernelVariant:
-    """Trainable attention in INT8 on wgmma: a pass, gradients, or what prepares or finishes them, as `entry` says."""
+    """Trainable attention on wgmma: the forward pass, gradients, or what prepares or finishes them, as `entry` says."""
     # Warpgroups that multiply, stages of their ring, shared memory; the last is barriers.
     warpgroups, stages, shared_bytes = 0, 0, 0
     if entry == "training_sm90_forward":  # Q; K and V transposed
         warpgroups, stages = 2, {64: 8, 128: 5}[head_dim]
         shared_bytes = 128 * head_dim + stages * 2 * 128 * head_dim + 8 * (2 * stages + 1)
-    elif entry == "training_sm90_gradients_16bit":  # K's codes, V, K, dS thrice; Q's codes, Q, dO, rows
-        warpgroups, stages = TRAINING_SM90_KEYS[head_dim] // 64, 4
-        shared_bytes = 11 * 64 * 64 * warpgroups + stages * (5 * 64 * 64 + 4 * 324) + 8 * (2 * stages + 7)
-    elif entry == "training_sm90_key_value":  # K and V; Q, dO and their transposes, rows
-        warpgroups, stages = TRAINING_SM90_KEYS[head_dim] // 64, 4
-        shared_bytes = 3 * 64 * head_dim * warpgroups + stages * (5 * 64 * head_dim + 4 * 132) + 8 * (2 * stages + 1)
-    elif entry == "training_sm90_query":  # Q and dO; K, V and K transposed
-        warpgroups, stages = 2, 2
-        shared_bytes = 3 * 128 * head_dim + stages * 4 * 128 * head_dim + 8 * (2 * stages + 1)
-    elif entry == "training_sm90_quantize":  # a transposed tile; means and magnitudes of channels; maxima of warps
-        shared_bytes = 132 * head_dim + 8 * head_dim + 2 * 32
-    elif entry == "training_sm90_images":  # two transposed tiles; delta by warps; maxima of warps
-        shared_bytes = 2 * 68 * head_dim + head_dim // 32 * 512 + 3 * 32
-    ring = (("STAGES", stages), ("WARPGROUPS", warpgroups)) if warpgroups else ()
+    elif entry == "training_sm90_gradients":  # K's codes, V, K, dS thrice; Q's codes, Q, dO, rows
+        warpgroups, stages = TRAINING_SM90_KEYS[head_dim] // 64, {64: 4, 128: 2}[head_dim]
+        shared_bytes = 64 * (5 * head_dim + 3 * 128) * warpgroups
+        shared_bytes += stages * (5 * 64 * head_dim + 4 * 324) + 8 * (2 * stages + 7)
+    elif entry == "training_sm90_quantize":  # a transposed tile; means of channels; maxima of warps
+        shared_bytes = 132 * head_dim + 4 * head_dim + 2 * 32
+    elif entry == "training_sm90_rows":  # delta and norms by sets of channels; maxima of warps
+        shared_bytes = 2 * head_dim // 32 * 512 + 2 * 32
+    ring = (("STAGES", stages), ("WARPGROUPS", warpgroups)) if stages else ()
     threads = 256 if entry in TRAINING_SM90_PREPARATIONS else 128 * (warpgroups + 1)
     return KernelVariant(
         family=entry,
@@ -281,8 +273,8 @@ def training_sm90_variant(entry: str, head_dim: int, is_bfloat16: bool) -> Kerne
 def _training_sm90() -> tuple[KernelVariant, ...]:
     return tuple(
         training_sm90_variant(entry, head_dim, is_bfloat16)
-        for head_dim, entries in TRAINING_SM90_ENTRIES.items()
-        for entry in entries
+        for entry in TRAINING_SM90_ENTRIES
+        for head_dim in TRAINING_SM90_HEAD_DIMS
         for is_bfloat16 in (False, True)
     )
 

@@ -22,15 +22,13 @@ def trainable_attention(
 ) -> Tensor:
     """softmax(q k^T * scale) v in 8 bits, with gradients in 8 bits (SageBwd: SageAttention3, section 4).
 
-    All matmuls of forward and backward pass but dO V^T multiply INT8 (or FP8) numbers; in CUDA (below) at head_dim up
-    to 64 P^T dO, dS^T Q and dS K are in 16 bits, too, which is faster there and more accurate. Results are
-    bit-identical from run to run. Works under torch.compile(fullgraph=True), autocast (float32 inputs are rounded to
-    its dtype, as by torch's own attention), gradient checkpointing, DDP and FSDP. There is no second derivative. No
-    input is changed.
+    All matmuls of forward and backward pass but dO V^T multiply INT8 (or FP8) numbers; in CUDA (below) P^T dO, dS^T Q
+    and dS K are in 16 bits, too, which is faster there and more accurate. Results are bit-identical from run to run.
+    Works under torch.compile(fullgraph=True), autocast (float32 inputs are rounded to its dtype, as by torch's own
+    attention), gradient checkpointing, DDP and FSDP. There is no second derivative. No input is changed.
 
-    For the backward pass it keeps Q in 8 bits, K twice in 8 bits, V, the output and the LSE; with 16-bit products also
-    Q, and K in 8 and 16 bits. INT8 is CUDA on Hopper GPUs where head_dim is a multiple of 8 beyond 32, in Triton
-    otherwise.
+    For the backward pass it keeps Q in 8 bits, K twice in 8 bits, V, the output and the LSE; in CUDA also Q, and K in 8
+    and 16 bits. INT8 is CUDA on Hopper GPUs where head_dim is a multiple of 8 beyond 32, in Triton otherwise.
 
     Args:
         q: [B, H, Nq, D], or [B, Nq, H, D] with layout="BNHD"; float16, bfloat16 or float32; D 1 to 128, any strides.

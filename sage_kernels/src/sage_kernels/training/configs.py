@@ -51,7 +51,7 @@ class TrainingConfig:
 def find_config(architecture: Architecture | None, block_d: int) -> TrainingConfig:
     """The row for a head_dim padded to `block_d`; None is Triton's interpreter on the CPU.
 
-    On Hopper the CUDA kernels of sm90_backend run in place of these, with a recipe of their own at head_dim 64.
+    On Hopper the CUDA kernels of sm90_backend run in place of these, with a recipe of their own.
     """
     if architecture is not None and architecture.shared_memory >= 227 << 10:
         if block_d <= 64:

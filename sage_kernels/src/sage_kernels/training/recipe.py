@@ -22,7 +22,9 @@ class TrainingRecipe:
             each key_tile: channels of trained models differ by far more than keys do.
         smooth_k: subtract the mean key first.
         return_mean: add rowsum(dS) * mean(k) to dQ. In exact arithmetic every row of dS sums to zero.
-        exact: matmuls whose operands keep 16 bits; the reference does not round P and dS even to those.
+        exact: matmuls whose operands keep 16 bits.
+        rounds: P, dP - delta, dS and K without its mean are rounded to the 16 bits of Q where `exact` has dv, dk and
+            dq; otherwise they stay as they are there.
     """
 
     number: Literal["int8", "fp8"] = "int8"
@@ -35,6 +37,7 @@ class TrainingRecipe:
     smooth_k: bool = True
     return_mean: bool = False
     exact: frozenset[Matmul] = frozenset({"dp"})
+    rounds: bool = False
 
 
 RECIPES: dict[str, TrainingRecipe] = {"int8": TrainingRecipe(), "fp8": TrainingRecipe(number="fp8")}

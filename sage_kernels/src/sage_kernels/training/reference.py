@@ -80,14 +80,20 @@ def backward(saved: SavedForward, d_output: Tensor, recipe: TrainingRecipe) -> t
     else:
         value_codes = quantized(saved.value, recipe, (recipe.key_tile, saved.value.shape[-1]))
         d_weights = d_out_codes @ _expand(value_codes, d_out).mT
-    d_scores = weights * (d_weights - delta)
+    d_weights = d_weights - delta
+    key_exact = saved.key_exact
+    if recipe.rounds:
+        weights, d_weights, key_exact = (_in_16bit(x, saved) for x in (weights, d_weights, key_exact))
+    d_scores = weights * d_weights
+    if recipe.rounds:
+        d_scores = _in_16bit(d_scores, saved)
 
     columns = (recipe.backward_queries, 1)
     d_value = _product(weights, columns, d_out, d_out_codes, recipe, "dv", transpose=True)
     query = saved.query if "qk" not in recipe.exact else quantized(saved.query, recipe, (recipe.query_tile, -1))
     d_key = _product(d_scores, columns, saved.query_exact, query, recipe, "dk", transpose=True) * saved.scale
     key = quantized(saved.key_exact, recipe, (-1, 1) if recipe.channel_keys else (recipe.key_tile, -1))
-    operands = (_expand(saved.key_exact, d_out), _expand(key, d_out))
+    operands = (_expand(key_exact, d_out), _expand(key, d_out))
     d_query = _product(d_scores, (1, recipe.backward_keys), *operands, recipe, "dq") * saved.scale
     if recipe.return_mean:
         d_query += d_scores.sum(-1, keepdim=True) * _expand(saved.key_mean, d_out) * saved.scale
@@ -110,6 +116,10 @@ def quantized(x: Tensor, recipe: TrainingRecipe, block: tuple[int, int]) -> Tens
     codes = torch.where(scales > 0, blocks / scales, 0.0)
     codes = codes.round() if recipe.number == "int8" else round_to_e4m3(codes)
     return (codes * scales).flatten(-2).flatten(-3, -2)[..., :rows, :columns]
+
+
+def _in_16bit(x: Tensor, saved: SavedForward) -> Tensor:
+    return x.to(saved.output.dtype).float()
 
 
 def _scores(query: Tensor, key: Tensor, is_causal: bool, scale: float) -> Tensor:

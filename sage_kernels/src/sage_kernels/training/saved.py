@@ -18,9 +18,8 @@ class Saved:
         key_transposed: codes [B * Hkv, Mk / key_tile, block_d, key_tile] of the same K with a scale for each channel,
             tokens in the order of triton_kernels.numbers.permuted.
         channel_scales: float32 [B * Hkv, block_d].
-        key_16bit: K without its mean [B * Hkv, Mk, block_d], in its dtype but seen as int16, where a backward pass with
-            products in 16 bits follows. key_transposed and channel_scales are empty then, and this and value_scales
-            are empty otherwise.
+        key_16bit: K without its mean [B * Hkv, Mk, block_d], in its dtype but seen as int16, for sm90_backend.
+            key_transposed and channel_scales are empty then, and this and value_scales are empty otherwise.
         value_scales: float32 [B * Hkv, Mk / key_tile].
         query_scales, key_scales: float32 [B * H, Mq / query_tile] and [B * Hkv, Mk / key_tile].
     """

@@ -1,7 +1,9 @@
 """Trainable attention in CUDA for sm_90a: csrc/training_sm90_*.cu.
 
-Two kernels lay out tiles that one copy brings to shared memory as the tensor cores read them, the others multiply: one
-for the forward pass; for the backward pass at head_dim 128 one for dK and dV and one for dQ, at 64 one for all three.
+Two kernels prepare what the others multiply, among it tiles that one copy brings to shared memory as the tensor cores
+read them. S is in INT8 in both passes, P V in the forward pass; P^T dO, dS^T Q and dS K keep 16 bits, as dP does. In
+INT8 the first two cost as many instructions for codes and scales as the tensor cores save, and dQ would need a kernel of
+its own, which computes P and dS again.
 """
 
 import ctypes
@@ -27,10 +29,10 @@ from sage_kernels.training.saved import Saved
 _TARGET = "sm_90a"
 _HEAD_DIMS = (64, 128)  # padded
 _HEAD_DIM_STEP = 8
-_QUERIES = 128  # of a thread block of the forward pass and of dQ
-_TILE_SUMS = 64 * 64  # of dQ in a query tile, where thread blocks add it up
+_QUERIES = 128  # of a thread block of the forward pass
+_QUERY_TILE = 64
 _QUERY_TILES = 2  # of a thread block that prepares
-_ROW_FLOATS = {64: 324, 128: 132}  # kRowFloats of csrc/training_sm90_rows.cuh
+_ROW_FLOATS = 324  # kRowFloats of csrc/training_sm90_rows.cuh
 
 
 class _Parameters(ctypes.Structure):
@@ -38,14 +40,12 @@ class _Parameters(ctypes.Structure):
 
     _fields_ = (
         *((name, TENSOR_MAP) for name in ("d_output", "value", "query_16bit", "key_16bit")),
-        *((name, ctypes.c_uint64) for name in ("query", "query_transposed", "d_output_transposed", "rows")),
-        *((name, ctypes.c_uint64) for name in ("key", "key_transposed")),
-        *((name, ctypes.c_uint64) for name in ("key_scales", "channel_scales")),
-        *((name, ctypes.c_uint64) for name in ("d_query", "d_key", "d_value")),
+        *((name, ctypes.c_uint64) for name in ("query", "rows", "key", "key_scales", "query_sums", "d_key", "d_value")),
         *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "query_length", "key_length")),
         *((name, ctypes.c_int32) for name in ("query_tiles", "key_tiles", "head_dim", "is_causal")),
         ("softmax_scale", ctypes.c_float),
         ("query_sign", ctypes.c_float),
+        ("unused", ctypes.c_uint64 * 4),
     )
 
 
@@ -66,10 +66,8 @@ class _QuantizeParameters(ctypes.Structure):
     """TrainQuantizeParams of csrc/training_sm90_quantize.cu."""
 
     _fields_ = (
-        *((name, ctypes.c_uint64) for name in ("query", "key", "value", "sums", "highest", "lowest")),
-        *((name, ctypes.c_uint64) for name in ("query_codes", "query_scales", "key_codes", "key_scales")),
-        *((name, ctypes.c_uint64) for name in ("key_transposed", "channel_scales", "key_16bit")),
-        *((name, ctypes.c_uint64) for name in ("value_codes", "value_scales")),
+        *((name, ctypes.c_uint64) for name in ("query", "key", "value", "sums", "query_codes", "query_scales")),
+        *((name, ctypes.c_uint64) for name in ("key_codes", "key_scales", "key_16bit", "value_codes", "value_scales")),
         *((name, ctypes.c_int64 * 3) for name in ("query_strides", "key_strides", "value_strides")),
         *((name, ctypes.c_int32) for name in ("batch", "heads", "kv_heads", "query_length", "key_length")),
         *((name, ctypes.c_int32) for name in ("query_tiles", "key_tiles", "head_dim", "pieces")),
@@ -77,13 +75,12 @@ class _QuantizeParameters(ctypes.Structure):
     )
 
 
-class _ImagesParameters(ctypes.Structure):
-    """TrainImagesParams of csrc/training_sm90_images.cu."""
+class _RowsParameters(ctypes.Structure):
+    """TrainRowsParams of csrc/training_sm90_rows.cu."""
 
     _fields_ = (
-        *((name, ctypes.c_uint64) for name in ("d_output", "output", "query", "query_scales", "lse")),
-        *((name, ctypes.c_uint64) for name in ("query_transposed", "d_output_transposed", "rows")),
-        *((name, ctypes.c_uint64) for name in ("key_scales", "value_scales")),
+        *((name, ctypes.c_uint64) for name in ("d_output", "output", "query_scales", "lse")),
+        *((name, ctypes.c_uint64) for name in ("key_scales", "value_scales", "rows")),
         *((name, ctypes.c_int64 * 3) for name in ("d_output_strides", "output_strides")),
         *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "query_length", "query_tiles", "key_tiles")),
         ("head_dim", ctypes.c_int32),
@@ -91,7 +88,7 @@ class _ImagesParameters(ctypes.Structure):
 
 
 class _QueryParameters(ctypes.Structure):
-    """TrainQueryParams of csrc/training_sm90_query_16bit.cu."""
+    """TrainQueryParams of csrc/training_sm90_query.cu."""
 
     _fields_ = (
         *((name, ctypes.c_uint64) for name in ("query_sums", "rows", "d_query")),
@@ -110,18 +107,9 @@ def serves(device: torch.device, head_dim: int, block_d: int, dtype: torch.dtype
     return all(loading_obstacle(variant, _TARGET) is None for variant in _variants(block_d, dtype))
 
 
-def multiplies_in_16bit(block_d: int) -> bool:
-    """Whether P^T dO, dS^T Q and dS K take 16 bits at a padded head_dim.
-
-    Codes and scales cost as many instructions for a score at every head_dim; what INT8 saves shrinks with it.
-    """
-    return block_d == 64
-
-
-def recipe(block_d: int) -> TrainingRecipe:
+def recipe() -> TrainingRecipe:
     """What these kernels compute, for comparison with the reference."""
-    int8 = replace(RECIPES["int8"], backward_keys=RECIPES["int8"].key_tile)
-    return replace(int8, exact=int8.exact | {"dv", "dk", "dq"}) if multiplies_in_16bit(block_d) else int8
+    return replace(RECIPES["int8"], exact=frozenset({"dp", "dv", "dk", "dq"}), rounds=True)
 
 
 def attend(
@@ -170,7 +158,7 @@ def quantize(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    statistics: Tensor,
+    sums: Tensor,
     saved: Saved,
     value_codes: Tensor,
     value_scales: Tensor,
@@ -180,7 +168,7 @@ def quantize(
 
     Args:
         q, k, v: [B, H, Nq, D] and [B, Hkv, Nk, D].
-        statistics: float32 [3, B * Hkv, pieces, block_d]: sums, largest and smallest of K's channels over pieces of it.
+        sums: float32 [B * Hkv, pieces, block_d]: of K's channels over pieces of it.
         saved, value_codes, value_scales: what to fill.
         query_sign: of the softmax scale; it goes into the codes of Q.
     """
@@ -192,13 +180,11 @@ def quantize(
         "query": q,
         "key": k,
         "value": v,
-        **dict(zip(("sums", "highest", "lowest"), statistics, strict=True)),
+        "sums": sums,
         "query_codes": saved.query,
         "query_scales": saved.query_scales,
         "key_codes": saved.key,
         "key_scales": saved.key_scales,
-        "key_transposed": saved.key_transposed,
-        "channel_scales": saved.channel_scales,
         "key_16bit": saved.key_16bit,
         "value_codes": value_codes,
         "value_scales": value_scales,
@@ -216,32 +202,27 @@ def quantize(
         query_tiles=query_tiles,
         key_tiles=key_tiles,
         head_dim=head_dim,
-        pieces=statistics.shape[2],
+        pieces=sums.shape[1],
         query_sign=query_sign,
     )
     blocks = 2 * batch * kv_heads * key_tiles + batch * heads * -(-query_tiles // _QUERY_TILES)
     _load(saved.query.shape[2], q.dtype, q.device)["training_sm90_quantize"].launch((blocks, 1, 1), parameters)
 
 
-def make_images(d_output: Tensor, output: Tensor, saved: Saved) -> dict[str, Tensor]:
-    """Tiles that the backward kernels need besides `saved`, by the names of their parameters."""
+def prepare_rows(d_output: Tensor, output: Tensor, saved: Saved) -> Tensor:
+    """LSE, delta and such of queries as csrc/training_sm90_rows.cuh says, float32 [B * H * query_tiles, _ROW_FLOATS]."""
     d_output, output = (_with_aligned_rows(x) for x in (d_output, output))
     batch, heads, query_length, head_dim = output.shape
     query_tiles = saved.query_scales.shape[1]
-    codes = saved.query.new_empty(0) if multiplies_in_16bit(saved.query.shape[2]) else saved.query
-    result = {name: torch.empty_like(codes) for name in ("query_transposed", "d_output_transposed")}
-    result["rows"] = saved.lse.new_empty((batch * heads * query_tiles, _ROW_FLOATS[saved.query.shape[2]]))
-    parameters = _ImagesParameters(
+    rows = saved.lse.new_empty((batch * heads * query_tiles, _ROW_FLOATS))
+    parameters = _RowsParameters(
         d_output=d_output.data_ptr(),
         output=output.data_ptr(),
-        query=saved.query.data_ptr(),
         query_scales=saved.query_scales.data_ptr(),
         lse=saved.lse.data_ptr(),
-        query_transposed=result["query_transposed"].data_ptr(),
-        d_output_transposed=result["d_output_transposed"].data_ptr(),
-        rows=result["rows"].data_ptr(),
         key_scales=saved.key_scales.data_ptr(),
         value_scales=saved.value_scales.data_ptr(),
+        rows=rows.data_ptr(),
         d_output_strides=d_output.stride()[:3],
         output_strides=output.stride()[:3],
         heads=heads,
@@ -252,8 +233,8 @@ def make_images(d_output: Tensor, output: Tensor, saved: Saved) -> dict[str, Ten
         head_dim=head_dim,
     )
     blocks = batch * heads * -(-query_tiles // _QUERY_TILES)
-    _load(saved.query.shape[2], output.dtype, output.device)["training_sm90_images"].launch((blocks, 1, 1), parameters)
-    return result
+    _load(saved.query.shape[2], output.dtype, output.device)["training_sm90_rows"].launch((blocks, 1, 1), parameters)
+    return rows
 
 
 def _with_aligned_rows(x: Tensor) -> Tensor:
@@ -275,40 +256,33 @@ def _tensor_map(x: Tensor) -> "ctypes.Array[ctypes.c_uint64]":
 
 
 def backward(
-    d_output: Tensor, q: Tensor | None, v: Tensor, output: Tensor, saved: Saved, is_causal: bool, scale: float
+    d_output: Tensor, q: Tensor, v: Tensor, output: Tensor, saved: Saved, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ [B, H, Nq, D], dK and dV [B, Hkv, Nk, D], contiguous, in the dtype of `v`; no axis is empty.
-
-    q [B, H, Nq, D] is needed where multiplies_in_16bit().
-    """
+    """dQ [B, H, Nq, D], dK and dV [B, Hkv, Nk, D], contiguous, in the dtype of `v`; no axis is empty."""
     batch, heads, query_length, head_dim = output.shape
     kv_heads, key_length = v.shape[1:3]
     query_tiles, key_tiles = saved.query_scales.shape[1], saved.key_scales.shape[1]
     block_d = saved.query.shape[2]
     d_query = torch.empty(output.shape, dtype=v.dtype, device=v.device)
     d_key, d_value = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for _ in range(2))
-    d_output, v = _mappable(d_output), _mappable(v)
-    tensors = make_images(d_output, output, saved)
-    tensors |= {
+    # Thread blocks add up dQ as integers, so that the order in which they do so does not matter.
+    query_sums = torch.zeros((batch * heads * query_tiles, _QUERY_TILE, block_d), dtype=torch.int32, device=v.device)
+    d_output, q, v = _mappable(d_output), _mappable(q), _mappable(v)
+    rows = prepare_rows(d_output, output, saved)
+    tensors = {
         "query": saved.query,
+        "rows": rows,
         "key": saved.key,
-        "key_transposed": saved.key_transposed,
         "key_scales": saved.key_scales,
-        "channel_scales": saved.channel_scales,
-        "d_query": d_query,
+        "query_sums": query_sums,
         "d_key": d_key,
         "d_value": d_value,
     }
-    maps = {"d_output": _tensor_map(d_output), "value": _tensor_map(v)}
-    if multiplies_in_16bit(block_d):
-        assert q is not None
-        query = _mappable(q)
-        maps["query_16bit"] = _tensor_map(query)
-        maps["key_16bit"] = _tensor_map(saved.key_16bit.view(batch, kv_heads, -1, block_d))
-        sums = torch.zeros(batch * heads * query_tiles * _TILE_SUMS, dtype=torch.int32, device=v.device)
-        tensors["d_query"] = sums
     parameters = _Parameters(
-        **maps,
+        d_output=_tensor_map(d_output),
+        value=_tensor_map(v),
+        query_16bit=_tensor_map(q),
+        key_16bit=_tensor_map(saved.key_16bit.view(batch, kv_heads, -1, block_d)),
         **{name: x.data_ptr() for name, x in tensors.items()},
         heads=heads,
         kv_heads=kv_heads,
@@ -323,29 +297,22 @@ def backward(
     )
     kernels = _load(block_d, v.dtype, v.device)
     key_blocks = -(-key_tiles * RECIPES["int8"].key_tile // TRAINING_SM90_KEYS[block_d])
-    grid = (batch * kv_heads * key_blocks, 1, 1)
-    if not multiplies_in_16bit(block_d):
-        kernels["training_sm90_key_value"].launch(grid, parameters)
-        kernels["training_sm90_query"].launch((batch * heads * -(-query_length // _QUERIES), 1, 1), parameters)
-        return d_query, d_key, d_value
-    kernels["training_sm90_gradients_16bit"].launch(grid, parameters)
+    kernels["training_sm90_gradients"].launch((batch * kv_heads * key_blocks, 1, 1), parameters)
     query_parameters = _QueryParameters(
-        query_sums=sums.data_ptr(),
-        rows=tensors["rows"].data_ptr(),
+        query_sums=query_sums.data_ptr(),
+        rows=rows.data_ptr(),
         d_query=d_query.data_ptr(),
         query_length=query_length,
         query_tiles=query_tiles,
         head_dim=head_dim,
         factor=scale,
     )
-    kernels["training_sm90_query_16bit"].launch((batch * heads * query_tiles, 1, 1), query_parameters)
+    kernels["training_sm90_query"].launch((batch * heads * query_tiles, 1, 1), query_parameters)
     return d_query, d_key, d_value
 
 
 def _variants(block_d: int, dtype: torch.dtype) -> tuple[KernelVariant, ...]:
-    return tuple(
-        training_sm90_variant(entry, block_d, dtype == torch.bfloat16) for entry in TRAINING_SM90_ENTRIES[block_d]
-    )
+    return tuple(training_sm90_variant(entry, block_d, dtype == torch.bfloat16) for entry in TRAINING_SM90_ENTRIES)
 
 
 @lru_cache

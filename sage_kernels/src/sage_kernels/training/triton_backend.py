@@ -34,17 +34,16 @@ def empty_saved(q: Tensor, k: Tensor, precision: str, in_cuda: bool) -> Saved:
     recipe, block_d = RECIPES[precision], padded_head_dim(q.shape[3])
     query_tiles, key_tiles = -(-q.shape[2] // recipe.query_tile), -(-k.shape[2] // recipe.key_tile)
     query_heads, kv_heads = q.shape[0] * q.shape[1], k.shape[0] * k.shape[1]
-    has_16bit = in_cuda and sm90_backend.multiplies_in_16bit(block_d)
     return Saved(
         q.new_empty((query_heads, query_tiles * recipe.query_tile), dtype=torch.float32),
         q.new_empty((query_heads, query_tiles * recipe.query_tile, block_d), dtype=CODES[precision]),
         q.new_empty((query_heads, query_tiles), dtype=torch.float32),
         q.new_empty((kv_heads, key_tiles * recipe.key_tile, block_d), dtype=CODES[precision]),
         q.new_empty((kv_heads, key_tiles), dtype=torch.float32),
-        q.new_empty(0 if has_16bit else (kv_heads, key_tiles, block_d, recipe.key_tile), dtype=CODES[precision]),
-        q.new_empty(0 if has_16bit else (kv_heads, block_d), dtype=torch.float32),
-        q.new_empty((kv_heads, key_tiles * recipe.key_tile, block_d) if has_16bit else 0, dtype=torch.int16),
-        q.new_empty((kv_heads, key_tiles) if has_16bit else 0, dtype=torch.float32),
+        q.new_empty(0 if in_cuda else (kv_heads, key_tiles, block_d, recipe.key_tile), dtype=CODES[precision]),
+        q.new_empty(0 if in_cuda else (kv_heads, block_d), dtype=torch.float32),
+        q.new_empty((kv_heads, key_tiles * recipe.key_tile, block_d) if in_cuda else 0, dtype=torch.int16),
+        q.new_empty((kv_heads, key_tiles) if in_cuda else 0, dtype=torch.float32),
     )
 
 
@@ -83,7 +82,7 @@ def forward(
             HEAD_DIM=head_dim, BLOCK_D=block_d, ROWS=rows, CHUNKS=_CHUNKS, num_warps=4,
         )  # fmt: skip
         if cuda and k.numel():
-            sm90_backend.quantize(q, k, v, partials, saved, value_codes, value_scales, _sign(scale))
+            sm90_backend.quantize(q, k, v, partials[0], saved, value_codes, value_scales, _sign(scale))
             sm90_backend.attend(saved, value_codes, value_scales, output, key_length, is_causal, scale)
             return saved
         query_programs = batch * heads * query_tiles
@@ -120,7 +119,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ [B, H, Nq, D], dK and dV [B, Hkv, Nk, D], contiguous, in the dtype of `output`.
 
-    q [B, H, Nq, D] is needed where saved.key_16bit is.
+    q [B, H, Nq, D] is needed by sm90_backend.
     """
     from sage_kernels.training.triton_kernels import backward as kernels  # noqa: PLC0415 as the module says
     from sage_kernels.training.triton_kernels import quantize  # noqa: PLC0415
@@ -131,6 +130,7 @@ def backward(
     if output.numel() == 0:
         return output.new_empty(output.shape), v.new_zeros(v.shape), v.new_zeros(v.shape)
     if config is None and v.numel() and in_cuda(output, precision):
+        assert q is not None
         return sm90_backend.backward(d_output, q, v, output, saved, is_causal, scale)
     # The kernels that multiply load rows of whole vectors.
     d_output, v = (x if x.stride(3) == 1 else x.contiguous() for x in (d_output, v))

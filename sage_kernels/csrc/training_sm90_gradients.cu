@@ -1,18 +1,18 @@
-// All gradients of trainable attention for sm_90a at head_dim 64, in the transposed form: a thread block keeps 64 keys
-// for each of its warpgroups and walks over blocks of 64 queries that one producer thread copies into a ring.
+// All gradients of trainable attention for sm_90a, in the transposed form: a thread block keeps 64 keys for each of its
+// warpgroups and walks over blocks of 64 queries that one producer thread copies into a ring.
 //
 // S^T = K Q^T in INT8 and dP^T = V dO^T in 16 bits give P^T and dS^T = P^T (dP^T - delta) in registers, rounded to 16
-// bits the left operands of dV += P^T dO and dK += dS^T Q. In INT8 these would cost a thread more in scales and codes
-// than the tensor cores save at this head_dim.
+// bits the left operands of dV += P^T dO and dK += dS^T Q. With those in INT8 a thread would spend on codes and scales
+// what the tensor cores save.
 //
 // dS^T also goes to shared memory, where warpgroups take turns to multiply it with the thread block's keys for dQ.
-// Thread blocks add up their parts of dQ as integers, whose sum does not depend on the order;
-// training_sm90_query_16bit.cu makes dQ of them.
+// Thread blocks add up their parts of dQ as integers, whose sum does not depend on the order; training_sm90_query.cu
+// makes dQ of them.
 //
 // Compile-time: as training_sm90.cuh, and STAGES of the ring.
-#include "training_sm90_16bit.cuh"
+#include "training_sm90.cuh"
 
-constexpr int kCodeBytes = kQueryTile * 64, kTileBytes = 2 * kCodeBytes;  // of Q's codes, of Q and dO
+constexpr int kCodeBytes = kQueryTile * HEAD_DIM, kTileBytes = 2 * kCodeBytes;  // of Q's codes, of Q and dO
 constexpr int kStageBytes = kCodeBytes + 2 * kTileBytes;
 constexpr int kRowBytes = kRowFloats * 4;
 constexpr int kBuffers = 3;  // of dS^T: that of this turn, of the one before, and what slower warpgroups still need
@@ -21,18 +21,18 @@ constexpr int kBuffers = 3;  // of dS^T: that of this turn, of the one before, a
 // of 16 bytes.
 struct Shared {
   u32 base, tiles;
-  static constexpr int kValue = kWarpgroups * 64 * 64;
+  static constexpr int kValue = kWarpgroups * 64 * HEAD_DIM;
   static constexpr int kKey = 3 * kValue;
   static constexpr int kGradients = 5 * kValue;
-  static constexpr int kRing = kGradients + 2 * kBuffers * kValue;
+  static constexpr int kRing = kGradients + kBuffers * kWarpgroups * kSlabBytes;
   static constexpr int kRows = kRing + STAGES * kStageBytes;
   static constexpr int kBarriers = kRows + STAGES * kRowBytes;
   DEVICE explicit Shared(u32 base) : base(base), tiles(base / 16) {}
-  DEVICE u32 key_codes(int warpgroup) const { return tiles + warpgroup * (64 * 64 / 16); }
-  DEVICE u32 value(int warpgroup) const { return tiles + kValue / 16 + warpgroup * (64 * 128 / 16); }
-  DEVICE u32 key(int warpgroup) const { return tiles + kKey / 16 + warpgroup * (64 * 128 / 16); }
+  DEVICE u32 key_codes(int warpgroup) const { return tiles + warpgroup * (64 * HEAD_DIM / 16); }
+  DEVICE u32 value(int warpgroup) const { return tiles + kValue / 16 + warpgroup * (128 * HEAD_DIM / 16); }
+  DEVICE u32 key(int warpgroup) const { return tiles + kKey / 16 + warpgroup * (128 * HEAD_DIM / 16); }
   DEVICE u32 gradients(int buffer, int warpgroup) const {
-    return tiles + kGradients / 16 + (buffer * kWarpgroups + warpgroup) * (64 * 128 / 16);
+    return tiles + kGradients / 16 + (buffer * kWarpgroups + warpgroup) * (kSlabBytes / 16);
   }
   DEVICE u32 query_codes(int stage) const { return tiles + kRing / 16 + stage * (kStageBytes / 16); }
   DEVICE u32 query(int stage) const { return query_codes(stage) + kCodeBytes / 16; }
@@ -63,13 +63,13 @@ struct Walk {
 DEVICE void produce(const TrainParams& p, const Shared& shared) {
   const Walk walk(p);
   const u32 keys_full = shared.keys_full();
-  mbarrier_arrive_expect_bytes(keys_full, walk.warpgroups * 5 * 64 * 64);
+  mbarrier_arrive_expect_bytes(keys_full, walk.warpgroups * 5 * 64 * HEAD_DIM);
   for (int i = 0; i < walk.warpgroups; ++i) {
     const int unit = walk.unit + i;
     const i64 tile = i64(walk.kv_head) * p.key_tiles + unit / 2;
-    bulk_load(16 * shared.key_codes(i), p.key + (2 * tile + unit % 2) * 64 * 64, 64 * 64, keys_full);
-    load_rows_16bit(16 * shared.value(i), 0, p.value, unit * 64, walk.kv_head, p.kv_heads, keys_full);
-    load_rows_16bit(16 * shared.key(i), 0, p.key_16bit, unit * 64, walk.kv_head, p.kv_heads, keys_full);
+    bulk_load(16 * shared.key_codes(i), p.key + (2 * tile + unit % 2) * 64 * HEAD_DIM, 64 * HEAD_DIM, keys_full);
+    load_rows_16bit(16 * shared.value(i), kSlabBytes, p.value, unit * 64, walk.kv_head, p.kv_heads, keys_full);
+    load_rows_16bit(16 * shared.key(i), kSlabBytes, p.key_16bit, unit * 64, walk.kv_head, p.kv_heads, keys_full);
   }
   Ring ring;
   for (int member = 0; member < walk.group; ++member) {
@@ -82,8 +82,8 @@ DEVICE void produce(const TrainParams& p, const Shared& shared) {
       mbarrier_arrive_expect_bytes(full, kStageBytes + kRowBytes);
       bulk_load(16 * shared.query_codes(stage), p.query + tile * kCodeBytes, kCodeBytes, full);
       bulk_load(shared.rows(stage), p.rows + tile * kRowFloats, kRowBytes, full);
-      load_rows_16bit(16 * shared.d_output(stage), 0, p.d_output, row, head, p.heads, full);
-      load_rows_16bit(16 * shared.query(stage), 0, p.query_16bit, row, head, p.heads, full);
+      load_rows_16bit(16 * shared.d_output(stage), kSlabBytes, p.d_output, row, head, p.heads, full);
+      load_rows_16bit(16 * shared.query(stage), kSlabBytes, p.query_16bit, row, head, p.heads, full);
     }
   }
 }
@@ -100,7 +100,7 @@ struct Consumer {
   float4 lse[4];
   float scale, key_factor;
   int first_key;
-  float d_key[32], d_value[32];
+  float d_key[HEAD_DIM / 2], d_value[HEAD_DIM / 2];
 
   DEVICE Consumer(const TrainParams& p, const Shared& shared)
       : p(p), shared(shared), walk(p), warpgroup(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0)), lane(threadIdx.x % 32) {}
@@ -151,24 +151,29 @@ struct Consumer {
   DEVICE void add_to_query_gradients(const Ring& buffer, int tile) {
     const float* quanta = p.rows + i64(tile) * kRowFloats + kQuanta + threadIdx.x / 32 % 4 * 16 + lane / 4;
     const float quantum[2] = {quanta[0], quanta[8]};
-    float sums[32];
+    int* total = p.query_sums + i64(tile) * (64 * HEAD_DIM) + threadIdx.x % 128;
     mbarrier_wait(shared.gradients_full(buffer.stage), buffer.parity);
-    wgmma_fence(sums);
 #pragma unroll
-    for (int i = 0; i < kWarpgroups; ++i) {
-      const u64 left = operand<128>(shared.gradients(buffer.stage, i), 0), right = operand<128>(shared.key(i), 0);
+    for (int slab = 0; slab < kSlabs; ++slab) {
+      float sums[32];
+      wgmma_fence(sums);
 #pragma unroll
-      for (int step = 0; step < 4; ++step) multiply_16bit(sums, left + 128 * step, right + 128 * step, i + step > 0);
-    }
-    wgmma_commit();
-    wgmma_wait<0>(sums);
-    if (lane == 0) mbarrier_arrive(shared.gradients_empty(buffer.stage));
+      for (int i = 0; i < kWarpgroups; ++i) {
+        const u64 left = operand_rows(shared.gradients(buffer.stage, i));
+        const u64 right = operand_rows(shared.key(i) + slab * (kSlabBytes / 16));
+#pragma unroll
+        for (int step = 0; step < 4; ++step) multiply_16bit(sums, left + 128 * step, right + 128 * step, i + step > 0);
+      }
+      wgmma_commit();
+      wgmma_wait<0>(sums);
+      if (slab == kSlabs - 1 && lane == 0) mbarrier_arrive(shared.gradients_empty(buffer.stage));
 #if !BFLOAT16
-    tell_overflow(sums, tile);
+      tell_overflow(sums, tile);
 #endif
-    int* total = static_cast<int*>(p.d_query) + i64(tile) * (64 * 64) + threadIdx.x % 128;
 #pragma unroll
-    for (int i = 0; i < 32; ++i) add_to_global(total + 128 * i, round_to_integer(sums[i] * quantum[i / 2 % 2]));
+      for (int i = 0; i < 32; ++i)
+        add_to_global(total + 128 * (32 * slab + i), round_to_integer(sums[i] * quantum[i / 2 % 2]));
+    }
   }
 
   // dS of float16 can overflow, which integers would hide: the query's step becomes NaN.
@@ -200,12 +205,12 @@ struct Consumer {
 
   DEVICE void issue_next(int stage) {
     issue_scores(a, shared.key_codes(warpgroup), shared.query_codes(stage));
-    issue_weight_gradients(b, shared.value(warpgroup), 0, shared.d_output(stage), 0, true);
+    issue_weight_gradients(b, shared.value(warpgroup), kSlabBytes, shared.d_output(stage), kSlabBytes, true);
   }
 
   DEVICE void run() {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) d_key[i] = d_value[i] = 0.f;
+    for (int i = 0; i < HEAD_DIM / 2; ++i) d_key[i] = d_value[i] = 0.f;
     const float key_scale = p.key_scales[i64(walk.kv_head) * p.key_tiles + (walk.unit + warpgroup) / 2];
     key_factor = key_scale * (p.softmax_scale * kLog2E);
     first_key = (walk.unit + warpgroup) * 64;
@@ -261,16 +266,16 @@ struct Consumer {
 
 // A warpgroup without keys clears its part of what the others multiply for dQ.
 DEVICE void clear_unused(const Shared& shared, int warpgroup) {
-  for (int at = threadIdx.x % 128 * 16; at < 64 * 128; at += 128 * 16) {
-    const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f);
-    store_shared(16 * shared.key(warpgroup) + at, zero);
+  const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f);
+  for (int at = threadIdx.x % 128 * 16; at < kSlabBytes; at += 128 * 16) {
+    for (int slab = 0; slab < kSlabs; ++slab) store_shared(16 * shared.key(warpgroup) + slab * kSlabBytes + at, zero);
     for (int buffer = 0; buffer < kBuffers; ++buffer) store_shared(16 * shared.gradients(buffer, warpgroup) + at, zero);
   }
   shared_stores_fence();
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    training_sm90_gradients_16bit(const __grid_constant__ TrainParams p) {
+    training_sm90_gradients(const __grid_constant__ TrainParams p) {
   extern __shared__ __align__(1024) u8 memory[];
   const Shared shared(shared_address(memory));
   if (threadIdx.x == 0) {
