@@ -2,8 +2,8 @@
 
 Two kernels prepare what the others multiply, among it tiles that one copy brings to shared memory as the tensor cores
 read them. S is in INT8 in both passes, P V in the forward pass; P^T dO, dS^T Q and dS K keep 16 bits, as dP does. In
-INT8 the first two cost as many instructions for codes and scales as the tensor cores save, and dQ would need a kernel of
-its own, which computes P and dS again.
+INT8 the first two cost as many instructions for codes and scales as the tensor cores save, and dQ would need a kernel
+of its own, which computes P and dS again.
 """
 
 import ctypes
@@ -210,7 +210,7 @@ def quantize(
 
 
 def prepare_rows(d_output: Tensor, output: Tensor, saved: Saved) -> Tensor:
-    """LSE, delta and such of queries as csrc/training_sm90_rows.cuh says, float32 [B * H * query_tiles, _ROW_FLOATS]."""
+    """What csrc/training_sm90_rows.cuh says of queries: float32 [B * H * query_tiles, _ROW_FLOATS]."""
     d_output, output = (_with_aligned_rows(x) for x in (d_output, output))
     batch, heads, query_length, head_dim = output.shape
     query_tiles = saved.query_scales.shape[1]
