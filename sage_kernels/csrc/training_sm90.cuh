@@ -1,5 +1,5 @@
-// What the backward kernels share: their parameter, their wgmma, 8-bit codes in registers. Compile-time: HEAD_DIM 64 |
-// 128, to which the images are padded; BFLOAT16 1 | 0 (float16), of all 16-bit numbers; WARPGROUPS of consumers.
+// What the kernels that multiply share: parameters of the backward pass, wgmma, rows of results. Compile-time: HEAD_DIM
+// 64 | 128, to which tiles are padded; BFLOAT16 1 | 0 (float16), of all 16-bit numbers; WARPGROUPS of consumers.
 #pragma once
 #include "training_sm90_rows.cuh"
 
@@ -71,6 +71,7 @@ DEVICE void store_matrices(u32 address, const u32* x) {
                : "memory");
 }
 
+// Two 16-bit numbers by two.
 DEVICE u32 multiply_pairs(u32 x, u32 y) {
   u32 product;
 #if BFLOAT16

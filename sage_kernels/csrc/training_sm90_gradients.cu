@@ -119,8 +119,8 @@ struct Consumer {
     }
   }
 
-  // From the scores and dP^T that are on their way to dV and dK that are. The exponentials are computed while dP^T is
-  // on its way: the branch keeps the assembler from moving them behind the second wait.
+  // From the scores and dP^T that are on their way to products for dV and dK that are. The exponentials are computed
+  // while dP^T is on its way: the branch keeps the assembler from moving them behind the second wait.
   DEVICE void finish(int stage, int query) {
     wgmma_wait<1>(a);
     const float factor = key_factor * scale;

@@ -1,5 +1,5 @@
-// What the backward kernels read of each query besides its channels, by tiles of 64 queries: LSE and -delta, and a
-// scale of the tile.
+// What the backward kernels read of each query besides its channels, by tiles of 64 queries: LSE, -delta and steps of
+// dQ, and a scale of the tile.
 #pragma once
 #include "sm90.cuh"
 
