@@ -32,6 +32,7 @@ from training_study.training_run import autocast
 
 from sage_kernels.diffusers import AttentionRouter
 from sage_kernels.evidence import write_json
+from sage_kernels.training import sm90_backend
 from sage_kernels.training.recipe import MATMULS, RECIPES, TrainingRecipe
 from sage_kernels.training.reference import backward, forward
 
@@ -60,6 +61,7 @@ def recipes(number: str) -> dict[str, TrainingRecipe]:
 METHODS = {
     **recipes("int8"),
     **recipes("fp8"),
+    "int8, as in CUDA on Hopper GPUs": sm90_backend.recipe(),
     "int8, one scale for each tile of K in dS K": replace(INT8, channel_keys=False),
     "int8, rowsum(dS) mean(k) added to dQ": replace(INT8, return_mean=True),
     "int8, tiles of 128 queries": replace(INT8, query_tile=128, backward_queries=128),

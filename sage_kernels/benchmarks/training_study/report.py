@@ -180,7 +180,8 @@ def ablation(document: Document, result: Result | None) -> None:
             "Relative L1 / cosine against exact float32 gradients over all layers. Matmuls: qk (S = Q K^T), pv (P V), "
             "dp (dO V^T), dv (P^T dO), dq (dS K), dk (dS^T Q). `int8` and `fp8` leave dp alone in 16 bit. Computed by "
             "the reference that defines what the kernels compute: `int8` and `fp8` are the Triton kernels' recipes. "
-            "The CUDA kernels for Hopper GPUs keep dv, dq and dk in 16 bits as well, which no row here has."
+            "The CUDA kernels for Hopper GPUs keep dv, dq and dk in 16 bits as well: the row "
+            "`int8, as in CUDA on Hopper GPUs`, where it is measured."
         )
         document.items([f"{MODELS[shape]}: {source(found['measured'][shape])}" for shape in shapes])
         document.text("INT8 against FP8, all layers, L1 / cosine:")
